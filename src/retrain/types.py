@@ -304,6 +304,7 @@ class StepReport:
     grad_norm: float | None
     grad_clipped: bool
     ratio_mean: float | None
+    ratio_min: float | None
     ratio_max: float | None
     approx_kl: float | None
     update_skipped: str

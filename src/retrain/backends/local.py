@@ -1,0 +1,226 @@
+"""The local learner: PyTorch forward and backward over a LoRA adapter, in microbatches whose plan depends only
+on configuration and lengths. Leaves out: more than one device, more than one update per batch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from retrain import plugins
+from retrain.backends.loss import token_weights
+from retrain.config.schema import Config
+from retrain.errors import ModelError, ResumeError
+from retrain.models import MemoryPlan, Policy, load_policy
+from retrain.protocols import Renderer
+from retrain.types import Capabilities, OptimStep, SharedWeights, StepReport, TrainBatch, TrainRow
+
+log = logging.getLogger("retrain")
+
+
+def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Row numbers per microbatch, longest first (what does not fit fails at once, not after hours), such that
+    rows * longest row <= ``max_tokens`` wherever a microbatch holds more than one row."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    plan: list[list[int]] = []
+    for i in order:
+        if plan and (len(plan[-1]) + 1) * lengths[plan[-1][0]] <= max_tokens:
+            plan[-1].append(i)
+        else:
+            plan.append([i])
+    return plan
+
+
+class LocalBackend:
+    """Backend over a ``Policy`` in this process."""
+
+    def __init__(self, policy: Policy, config: Config) -> None:
+        self.policy = policy
+        self._config = config
+        self._loss: Any = plugins.load("loss", config.loss.kind)
+        self._agg = config.loss.agg
+        self._microbatch_tokens = config.training.microbatch_tokens
+        self._plan: MemoryPlan | None = None
+        self._version = 0
+        self._parameters = list(policy.adapter.values())
+        self._adam = torch.optim.AdamW(self._parameters, lr=0.0, foreach=policy.device.type == "cuda")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Everything the loop can ask for."""
+        return Capabilities(loop=True, token_advantages=True, resume=True, reports_loss=True)
+
+    def publish(self) -> SharedWeights:
+        """The live policy with its version (completed updates), fingerprint and canary."""
+        policy = self.policy
+        return SharedWeights(self._version, policy.fingerprint(), policy, policy.canary())
+
+    def train_step(self, batch: TrainBatch, optim: OptimStep) -> StepReport:
+        """Accumulate the batch's gradient over microbatches, clip, update; a non-finite one changes nothing."""
+        if batch.is_empty:
+            raise ValueError("train_step needs at least one row")
+        stats = self.gradient(batch)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = float(torch.linalg.vector_norm(torch.stack([g.double().norm() for g in gradients])))
+        skipped = ""
+        if not math.isfinite(stats["loss"]):
+            skipped = f"the loss is {stats['loss']}"
+        elif not math.isfinite(norm):
+            skipped = f"the gradient norm is {norm}"
+        clipped = not skipped and optim.grad_clip > 0 and norm > optim.grad_clip
+        if not skipped:
+            if clipped:
+                for g in gradients:
+                    g.mul_(optim.grad_clip / norm)
+            for group in self._adam.param_groups:
+                group.update(lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=optim.weight_decay)
+            self._adam.step()
+            self._version += 1
+        self._adam.zero_grad(set_to_none=True)
+
+        def known(value: float) -> float | None:
+            return value if math.isfinite(value) else None
+
+        return StepReport(
+            loss=known(stats["loss"]),
+            loss_is_placeholder=False,
+            grad_norm=known(norm),
+            grad_clipped=clipped,
+            ratio_mean=known(stats["ratio_mean"]),
+            ratio_min=known(stats["ratio_min"]),
+            ratio_max=known(stats["ratio_max"]),
+            approx_kl=known(stats["approx_kl"]),
+            update_skipped=skipped,
+            num_microbatches=int(stats["microbatches"]),
+        )
+
+    def gradient(self, batch: TrainBatch) -> dict[str, float]:
+        """Leave the batch's gradient in the adapter's ``.grad`` and return loss and ratio statistics."""
+        self._adam.zero_grad(set_to_none=True)
+        lengths = [len(row.token_ids_T) for row in batch.rows]
+        memory = self._memory(max(lengths))
+        limit = self._microbatch_tokens or memory.microbatch_tokens
+        plan = plan_microbatches(lengths, limit)
+        weights = token_weights(batch, self._agg)
+        losses: list[float] = []
+        ratios: list[torch.Tensor] = []
+        for picked in plan:
+            rows = [batch.rows[i] for i in picked]
+            loss, ratio = self._microbatch(rows, [weights[i] for i in picked], batch.temperature, memory)
+            loss.backward()
+            losses.append(float(loss.detach()))
+            ratios.append(ratio)
+        ratio = torch.cat(ratios).double()
+        return {
+            "loss": math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan,
+            "ratio_mean": float(ratio.mean()),
+            "ratio_min": float(ratio.min()),
+            "ratio_max": float(ratio.max()),
+            "approx_kl": float((ratio - 1 - ratio.log()).mean()),
+            "microbatches": len(plan),
+        }
+
+    def _memory(self, longest: int) -> MemoryPlan:
+        if self._plan is None:
+            policy = self.policy
+            # The longest row that the configuration allows decides, not the longest of the first step.
+            bound = max(longest, self._config.training.max_tokens)
+            self._plan = MemoryPlan.for_model(policy.model.config, policy.device, policy.dtype, policy.parameters_total, bound)
+            if self._plan.checkpointing:
+                self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        return self._plan
+
+    def _microbatch(
+        self, rows: Sequence[TrainRow], weights: Sequence[npt.NDArray[np.float64]], temperature: float, memory: MemoryPlan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        policy, device = self.policy, self.policy.device
+        width = max(len(row.token_ids_T) for row in rows)
+        ids = np.zeros((len(rows), width), dtype=np.int64)
+        mask = np.zeros((len(rows), width), dtype=np.int64)
+        sampled = np.zeros((len(rows), width), dtype=bool)
+        for i, row in enumerate(rows):
+            n = len(row.token_ids_T)
+            ids[i, :n], mask[i, :n], sampled[i, :n] = row.token_ids_T, 1, row.sampled_T
+        chosen = torch.as_tensor(sampled, device=device)
+        before = torch.as_tensor(np.roll(sampled, -1, axis=1), device=device)
+        ids_BT = torch.as_tensor(ids, device=device)
+        policy.model.train(memory.checkpointing)
+        try:
+            with policy.mode("adapter"):
+                hidden = policy.hidden(ids_BT, torch.as_tensor(mask, device=device), use_cache=False).last_hidden_state
+        finally:
+            policy.model.eval()
+        new = policy.selected_logprobs(hidden[before], ids_BT[chosen], temperature, memory.head_tokens)
+
+        def flat(arrays: Sequence[npt.NDArray[Any]]) -> torch.Tensor:
+            picked = [a[row.sampled_T] for a, row in zip(arrays, rows, strict=True)]
+            return torch.as_tensor(np.concatenate(picked).astype(np.float32), device=device)
+
+        old = flat([row.old_logprobs_T for row in rows])
+        per_token = self._loss(new, old, flat([row.advantages_T for row in rows]))
+        loss = (per_token * flat(list(weights))).sum()
+        return loss, torch.exp(new.detach() - old)
+
+    def save(self, directory: Path) -> None:
+        """Write ``adapter/``, ``optimizer.safetensors`` and ``learner.json``."""
+        from safetensors.torch import save_file
+
+        self.policy.save_adapter(directory / "adapter")
+        tensors: dict[str, torch.Tensor] = {}
+        updates = 0.0
+        for name, p in self.policy.adapter.items():
+            state = self._adam.state.get(p)
+            if state:
+                tensors[f"{name}.exp_avg"] = state["exp_avg"].detach().cpu().contiguous()
+                tensors[f"{name}.exp_avg_sq"] = state["exp_avg_sq"].detach().cpu().contiguous()
+                updates = float(state["step"])
+        save_file(tensors, directory / "optimizer.safetensors")
+        plan = self._plan
+        facts = {
+            "version": self._version,
+            "updates": updates,
+            "memory_plan": None if plan is None else [plan.kv_tokens, plan.microbatch_tokens, plan.head_tokens, plan.checkpointing],
+        }
+        (directory / "learner.json").write_text(json.dumps(facts, sort_keys=True) + "\n", encoding="utf-8")
+
+    def restore(self, directory: Path) -> None:
+        """Read what ``save`` wrote; ResumeError when the files belong to another adapter."""
+        from safetensors.torch import load_file
+
+        try:
+            self.policy.load_adapter(directory / "adapter")
+        except ModelError as error:
+            raise ResumeError(error.message, fix=error.fix) from error
+        facts = json.loads((directory / "learner.json").read_text(encoding="utf-8"))
+        tensors = load_file(directory / "optimizer.safetensors")
+        self._adam.state.clear()
+        for name, p in self.policy.adapter.items():
+            if f"{name}.exp_avg" in tensors:
+                self._adam.state[p] = {
+                    "step": torch.tensor(facts["updates"], dtype=torch.float32),
+                    "exp_avg": tensors[f"{name}.exp_avg"].to(p.device),
+                    "exp_avg_sq": tensors[f"{name}.exp_avg_sq"].to(p.device),
+                }
+        self._version = int(facts["version"])
+        if facts["memory_plan"]:
+            self._plan = MemoryPlan(*facts["memory_plan"])
+            if self._plan.checkpointing:
+                self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def close(self) -> None:
+        """Drop gradients; the model goes with the object."""
+        self._adam.zero_grad(set_to_none=True)
+
+
+def build(config: Config, renderer: Renderer) -> LocalBackend:
+    """Load the model and adapter that the configuration names."""
+    policy = load_policy(config, seed=config.training.seed)
+    policy.merge()
+    return LocalBackend(policy, config)

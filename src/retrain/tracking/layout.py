@@ -1,0 +1,42 @@
+"""The names of every file in a run directory, in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIG = "config.toml"
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+STEPS = "emergence/steps.jsonl"
+GENERATIONS = "emergence/generations.jsonl"
+ROLLOUTS = "rollouts"
+CHECKPOINTS = "checkpoints"
+TRAINER_STATE = "trainer_state.json"
+ADAPTER = "adapter"
+EVENTS = "events.log"
+
+MANIFEST = "manifest.json"
+"""Inside a checkpoint: sizes and checksums of its files, written last."""
+STATE = "state.json"
+"""Inside a checkpoint: what the loop needs besides the backend's own files."""
+
+
+def checkpoint_name(step: int) -> str:
+    """``step_000020`` for 20 completed steps."""
+    return f"step_{step:06d}"
+
+
+def checkpoint_step(name: str) -> int | None:
+    """The number of completed steps in a checkpoint's name, None for any other name."""
+    digits = name.removeprefix("step_")
+    return int(digits) if name.startswith("step_") and digits.isdigit() else None
+
+
+def rollout_file(step: int) -> str:
+    """``rollouts/step_000003.npz`` for the rollouts of 0-based step 3."""
+    return f"{ROLLOUTS}/step_{step:06d}.npz"
+
+
+def holds_run(directory: Path) -> bool:
+    """Does the directory already hold a run?"""
+    return any((directory / name).exists() for name in (RUN, METRICS, TRAINER_STATE, CHECKPOINTS))

@@ -1,0 +1,212 @@
+"""Writes a run directory: metrics, per-step and per-rollout records, compact rollouts, status and heartbeat.
+
+Its state is the length of every file, so that a resumed run is cut back to exactly what its checkpoint knew.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retrain.protocols import Renderer, Sink, State
+from retrain.tracking import layout
+from retrain.types import CreditedGroup
+
+log = logging.getLogger("retrain")
+
+_STREAMS = (layout.METRICS, layout.STEPS, layout.GENERATIONS)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` in one step: a reader sees the old or the new file, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """One line of strict JSON; a number that is not finite becomes null, which every reader can parse."""
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {str(k): clean(v) for k, v in item.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        if isinstance(item, list | tuple):
+            return [clean(v) for v in item]  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(item, np.generic):
+            item = item.item()
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(clean(value), ensure_ascii=False, allow_nan=False)
+
+
+class RunLog:
+    """The writer of one run directory, and the fan-out to sinks."""
+
+    def __init__(
+        self, directory: Path, renderer: Renderer, sinks: Sequence[Sink], *, generations: int, rollouts: bool
+    ) -> None:
+        self.directory = directory
+        self._renderer = renderer
+        self._sinks = list(sinks)
+        self._generations = generations
+        self._rollouts = rollouts
+        (directory / "emergence").mkdir(parents=True, exist_ok=True)
+        (directory / layout.ROLLOUTS).mkdir(exist_ok=True)
+        self._files = {name: (directory / name).open("ab") for name in _STREAMS}
+        self._facts: dict[str, Any] = {}
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Write run.json with the facts of this start (versions, device, git) and status running."""
+        self._facts = dict(facts)
+        self.status("running", step=None)
+
+    def status(self, status: str, *, step: int | None) -> None:
+        """Replace run.json: status, process id, heartbeat (seconds since the epoch), completed steps."""
+        if step is not None:
+            self._facts["step"] = step
+        facts = {**self._facts, "status": status, "pid": os.getpid(), "heartbeat": time.time()}
+        write_atomically(self.directory / layout.RUN, json.dumps(facts, indent=2) + "\n")
+
+    def step(self, step: int, metrics: Mapping[str, Any], groups_P: Sequence[CreditedGroup]) -> None:
+        """Record one training step everywhere and beat the heart."""
+        self._append(layout.METRICS, {"step": step, **metrics})
+        self._append(layout.STEPS, {"step": step, "tasks": [_task_record(g) for g in groups_P]})
+        self._write_generations(step, groups_P)
+        if self._rollouts:
+            _write_rollouts(self.directory / layout.rollout_file(step), groups_P)
+        self._to_sinks(step, metrics)
+        self.status("running", step=step + 1)
+
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record one evaluation after ``step`` completed steps."""
+        self._append(layout.METRICS, {"step": step, **metrics})
+        self._to_sinks(step, metrics)
+
+    def _to_sinks(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for sink in list(self._sinks):
+            try:
+                sink.log(step, metrics)
+            except Exception as error:  # noqa: BLE001 - a tracker that fails late must not end a training run
+                log.warning("%s failed and is off for the rest of the run: %s", type(sink).__name__, error)
+                self._sinks.remove(sink)
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        self._files[name].write(to_json(record).encode() + b"\n")
+        self._files[name].flush()
+
+    def _write_generations(self, step: int, groups_P: Sequence[CreditedGroup]) -> None:
+        left = self._generations
+        for group in groups_P:
+            scored = group.scored
+            for i, (rollout, score) in enumerate(zip(scored.rollouts_G, scored.scores_G, strict=True)):
+                if left <= 0:
+                    return
+                left -= 1
+                prompt = rollout.token_ids_T[: int(np.argmax(rollout.sampled_T))] if rollout.sampled_T.any() else rollout.token_ids_T
+                advantages = group.advantages_G_T[i][rollout.sampled_T]
+                self._append(
+                    layout.GENERATIONS,
+                    {
+                        "step": step,
+                        "task": scored.task.id,
+                        "member": rollout.member,
+                        "prompt": self._renderer.decode(prompt),
+                        "completion": rollout.text,
+                        "reference": scored.task.reference,
+                        "reward": score.reward,
+                        "parts": dict(score.parts),
+                        "stop": rollout.stop,
+                        "error": rollout.error or score.error,
+                        "tokens": rollout.num_sampled,
+                        "planning_tokens": int(group.planning_G_T[i].sum()),
+                        "advantage_mean": float(advantages.mean()) if len(advantages) else 0.0,
+                        "skipped": group.skipped,
+                        "weights_version": rollout.weights_version,
+                    },
+                )
+
+    def state_dict(self) -> State:
+        """The length of every stream, in bytes, once everything is on disk."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return {"bytes": {name: file.tell() for name, file in self._files.items()}}
+
+    def load_state_dict(self, state: State) -> None:
+        """Cut every stream back to its stored length; rollouts of later steps go with ``cut_rollouts``."""
+        for name, length in state["bytes"].items():
+            self._files[name].close()
+            path = self.directory / name
+            with path.open("r+b") as file:
+                file.truncate(length)
+            self._files[name] = path.open("ab")
+
+    def cut_rollouts(self, step: int) -> None:
+        """Delete stored rollouts of 0-based steps from ``step`` on."""
+        for path in (self.directory / layout.ROLLOUTS).glob("step_*.npz"):
+            number = layout.checkpoint_step(path.stem)
+            if number is not None and number >= step:
+                path.unlink()
+
+    def close(self) -> None:
+        """Close files and sinks; safe to call twice."""
+        for file in self._files.values():
+            file.close()
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except Exception as error:  # noqa: BLE001 - as in _to_sinks
+                log.warning("%s failed to close: %s", type(sink).__name__, error)
+        self._sinks = []
+
+
+def _task_record(group: CreditedGroup) -> dict[str, Any]:
+    """What became of one task: trained, or dropped and why."""
+    scored = group.scored
+    valid = scored.valid_G
+    return {
+        "task": scored.task.id,
+        "draw": scored.task.draw,
+        "outcome": "dropped" if group.skipped else "trained",
+        "why": group.skipped,
+        "rewards": [None if s.error else s.reward for s in scored.scores_G],
+        "lengths": [r.num_sampled for r in scored.rollouts_G],
+        "errors": [r.error or s.error for r, s, v in zip(scored.rollouts_G, scored.scores_G, valid, strict=True) if not v],
+    }
+
+
+def _write_rollouts(path: Path, groups_P: Sequence[CreditedGroup]) -> None:
+    """All rollouts of a step as flat arrays: ids, logprobs, masks and rewards, with one offset per rollout."""
+    rollouts = [r for g in groups_P for r in g.scored.rollouts_G]
+    scores = [s for g in groups_P for s in g.scored.scores_G]
+    arrays: dict[str, Any] = {
+        "offsets": np.cumsum([0, *(len(r.token_ids_T) for r in rollouts)]).astype(np.int64),
+        "token_ids": np.concatenate([r.token_ids_T for r in rollouts]),
+        "sampled": np.packbits(np.concatenate([r.sampled_T for r in rollouts])),
+        "planning": np.packbits(np.concatenate([p for g in groups_P for p in g.planning_G_T])),
+        "logprobs": np.concatenate([r.logprobs_T for r in rollouts]),
+        "rewards": np.array([s.reward for s in scores], dtype=np.float64),
+        "valid": np.concatenate([g.scored.valid_G for g in groups_P]),
+        "draw": np.array([g.scored.task.draw for g in groups_P for _ in g.scored.rollouts_G], dtype=np.int64),
+        "member": np.array([r.member for r in rollouts], dtype=np.int32),
+        "weights_version": np.array([r.weights_version for r in rollouts], dtype=np.int64),
+    }
+    entropies = [r.entropies_T for r in rollouts if r.entropies_T is not None]
+    if len(entropies) == len(rollouts):
+        arrays["entropies"] = np.concatenate(entropies)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    temporary.replace(path)

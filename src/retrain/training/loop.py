@@ -1,0 +1,283 @@
+"""The training loop: sample, score, credit, pack, train, log, evaluate, save. Start reading here.
+
+It knows protocols only: which model, engine, reward or algorithm runs was decided in ``training/build.py``.
+Synchronous and on-policy; overlapped sampling would be a second loop, not a flag in this one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from retrain.algorithms.credit import Algorithm, GroupStats, credit, step_stats
+from retrain.config.schema import Config
+from retrain.errors import LearnerError, RewardError, RunError
+from retrain.protocols import Backend, Engine, Environment, Reward, State, Stateful, TaskSource
+from retrain.tracking.run_log import RunLog
+from retrain.training.batch import pack
+from retrain.training.checkpoint import Checkpoints
+from retrain.training.evaluate import Evaluator
+from retrain.training.rollout import Collected, EventLoop, collect
+from retrain.types import CreditedGroup, OptimStep, Sampling, StepReport, TrainBatch
+
+log = logging.getLogger("retrain")
+
+_MAX_SKIPPED_UPDATES = 3
+
+
+class Schedule(Stateful):
+    """What the loop asks of SEPA's schedule."""
+
+    gate_open: bool
+
+    def lambda_at(self, step: int) -> float: ...  # noqa: D102
+    def observe(self, stats: Any) -> None: ...  # noqa: D102
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a run has added up so far. ``step`` counts completed steps."""
+
+    step: int = 0
+    correct_sum: float = 0.0
+    correct_steps: int = 0
+    skipped_updates_in_a_row: int = 0
+    skipped_updates: int = 0
+    reward_errors: int = 0
+    tokens: int = 0
+
+    def state_dict(self) -> State:
+        """Every counter by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue counting."""
+        for name in self.__slots__:
+            setattr(self, name, state[name])
+
+    @property
+    def running_correct_rate(self) -> float | None:
+        """Mean of the steps' correct rates."""
+        return self.correct_sum / self.correct_steps if self.correct_steps else None
+
+
+@dataclass(slots=True)
+class Parts:
+    """Everything a run consists of; tests pass their own."""
+
+    backend: Backend
+    engine: Engine
+    environment: Environment
+    reward: Reward
+    tasks: TaskSource
+    algorithm: Algorithm
+    schedule: Schedule
+    sampling: Sampling
+    evaluator: Evaluator | None
+    checkpoints: Checkpoints
+    log: RunLog
+    events: EventLoop
+    facts: State = field(default_factory=dict[str, Any])
+    """Versions, device and threads of this start: stored with every checkpoint, compared on resume."""
+    counters: Counters = field(default_factory=Counters)
+
+    @property
+    def stateful(self) -> dict[str, Stateful]:
+        """Everything with memory besides the backend: exact resume is this list."""
+        parts: dict[str, Any] = {
+            "counters": self.counters, "tasks": self.tasks, "schedule": self.schedule, "engine": self.engine, "log": self.log,
+        }  # fmt: skip
+        return {name: part for name, part in parts.items() if isinstance(part, Stateful)}
+
+
+def train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done", "interrupted"]:
+    """Run from ``parts.counters.step`` to ``training.max_steps``; ``stop`` ends the run after its present step.
+
+    A RunError leaves a checkpoint of the last completed step behind before it is raised.
+    """
+    counters, training = parts.counters, config.training
+    saved_at = -1
+    if counters.step == 0 and parts.evaluator is not None:
+        _evaluate(config, parts)
+    while counters.step < training.max_steps and not stop.is_set():
+        before = _state(parts)
+        try:
+            _step(config, parts)
+        except RunError:
+            if not isinstance(before, dict) or counters.step == before["counters"]["step"]:
+                _save(parts, before, accuracy=None)
+            else:
+                _save(parts, _state(parts), accuracy=None)
+            raise
+        done = counters.step
+        accuracy = None
+        last = done == training.max_steps
+        if parts.evaluator is not None and (last or (config.eval.every and done % config.eval.every == 0)):
+            accuracy = _evaluate(config, parts)
+        if last or done % training.save_every == 0:
+            _save(parts, _state(parts), accuracy=accuracy)
+            saved_at = done
+    if saved_at != counters.step:
+        _save(parts, _state(parts), accuracy=None)
+    return "done" if counters.step >= training.max_steps else "interrupted"
+
+
+def _step(config: Config, parts: Parts) -> None:
+    counters, training = parts.counters, config.training
+    step = counters.step
+    started = time.perf_counter()
+    parts.engine.load(parts.backend.publish())
+    synced = time.perf_counter()
+    tasks_P = parts.tasks.take(training.batch_size)
+    got = collect(
+        parts.events, tasks_P, training.group_size, parts.environment, parts.reward, parts.engine, parts.sampling,
+        seed=training.seed, step=step, deadline_s=training.phase_timeout_s,
+    )  # fmt: skip
+    errors = _check_rewards(config, got, parts.reward)
+    sepa_lambda = parts.schedule.lambda_at(step)
+    gate_open = parts.schedule.gate_open
+    groups_P = [credit(group, parts.algorithm, sepa_lambda) for group in got.groups_P]
+    stats = step_stats(groups_P, parts.algorithm)
+    fixed = training.batch_size * training.group_size * training.max_tokens
+    batch = pack(groups_P, temperature=training.temperature, fixed_tokens=fixed)
+    trained = time.perf_counter()
+    report = None if batch.is_empty else parts.backend.train_step(batch, optim_at(config, step))
+    finished = time.perf_counter()
+    parts.schedule.observe(stats.observed)
+    counters.step += 1
+    counters.reward_errors += errors
+    counters.tokens += batch.num_tokens
+    if stats.observed.correct_rate is not None:
+        counters.correct_sum += stats.observed.correct_rate
+        counters.correct_steps += 1
+    metrics = {
+        "condition": f"{config.algorithm.advantage_mode}+{config.algorithm.transform_mode}",
+        "advantage_mode": config.algorithm.advantage_mode,
+        "transform_mode": config.algorithm.transform_mode,
+        "uncertainty_kind": config.algorithm.uncertainty_kind,
+        "batch_size": training.batch_size,
+        "group_size": training.group_size,
+        "sepa_lambda": sepa_lambda,
+        "sepa_gate_open": gate_open,
+        "running_correct_rate": counters.running_correct_rate,
+        **_rollout_metrics(got, errors),
+        **stats.metrics,
+        **_learner_metrics(config, step, batch, report),
+        "step_time_s": finished - started,
+        "sync_time_s": synced - started,
+        "sample_time_s": got.sample_time_s,
+        "score_time_s": got.score_time_s,
+        "train_time_s": finished - trained,
+        "tokens_sampled": batch.num_tokens,
+        "tokens_per_second": batch.num_tokens / max(got.sample_time_s, 1e-9),
+    }
+    parts.log.step(step, metrics, groups_P)
+    _announce_groups(groups_P, stats)
+    _check_update(counters, report)
+
+
+def optim_at(config: Config, step: int) -> OptimStep:
+    """Optimizer settings of 0-based ``step``: the rate rises linearly over the warm-up steps, then stays."""
+    training, optimizer = config.training, config.optimizer
+    warm = min(1.0, (step + 1) / training.warmup_steps) if training.warmup_steps else 1.0
+    return OptimStep(
+        training.lr * warm, training.weight_decay, optimizer.beta1, optimizer.beta2, optimizer.eps, config.loss.grad_clip
+    )
+
+
+def _check_rewards(config: Config, got: Collected, reward: Reward) -> int:
+    """Count failed rewards; too large a share of a step is a broken reward, not a bad policy."""
+    scores = [s for g in got.groups_P for r, s in zip(g.rollouts_G, g.scores_G, strict=True) if r.stop != "error"]
+    failed = [s.error for s in scores if s.error]
+    if failed and len(failed) / len(scores) > config.reward.max_error_rate:
+        detail: str = getattr(reward, "first_traceback", "") or failed[0]
+        raise RewardError(
+            f"{len(failed)} of {len(scores)} rewards of this step failed (reward.max_error_rate = "
+            f"{config.reward.max_error_rate:g}). The first one:\n{detail.rstrip()}\n",
+            fix="correct the reward, or raise reward.timeout_s or reward.max_error_rate.",
+        )
+    return len(failed)
+
+
+def _check_update(counters: Counters, report: StepReport | None) -> None:
+    if report is None:
+        return
+    if not report.update_skipped:
+        counters.skipped_updates_in_a_row = 0
+        return
+    counters.skipped_updates += 1
+    counters.skipped_updates_in_a_row += 1
+    log.warning("Step %d: the update was skipped because %s.", counters.step - 1, report.update_skipped)
+    if counters.skipped_updates_in_a_row >= _MAX_SKIPPED_UPDATES:
+        raise LearnerError(
+            f"{counters.skipped_updates_in_a_row} updates in a row were skipped, the last because {report.update_skipped}.",
+            fix="lower training.lr or use inference.dtype = \"fp32\", then resume from the saved checkpoint.",
+        )
+
+
+def _rollout_metrics(got: Collected, errors: int) -> dict[str, Any]:
+    pairs = [(r, s) for g in got.groups_P for r, s, v in zip(g.rollouts_G, g.scores_G, g.valid_G, strict=True) if v]
+    total = sum(len(g.rollouts_G) for g in got.groups_P)
+    lengths = [r.num_sampled for r, _ in pairs]
+    parts: dict[str, list[float]] = {}
+    for _, score in pairs:
+        for name, value in score.parts.items():
+            parts.setdefault(name, []).append(value)
+    return {
+        "mean_reward": float(np.mean([s.reward for _, s in pairs])) if pairs else None,
+        "mean_length": float(np.mean(lengths)) if pairs else None,
+        "max_token_hit_rate": float(np.mean([r.stop == "length" for r, _ in pairs])) if pairs else None,
+        "reward_error_rate": errors / total,
+        "rollout_error_rate": sum(r.stop == "error" for g in got.groups_P for r in g.rollouts_G) / total,
+        **{f"rewards/{name}": float(np.mean(values)) for name, values in sorted(parts.items())},
+    }
+
+
+def _learner_metrics(config: Config, step: int, batch: TrainBatch, report: StepReport | None) -> dict[str, Any]:
+    return {
+        "num_datums": len(batch.rows),
+        "lr": optim_at(config, step).lr,
+        "loss": report.loss if report else None,
+        "loss_is_placeholder": report.loss_is_placeholder if report else False,
+        "grad_norm": report.grad_norm if report else None,
+        "grad_clipped": report.grad_clipped if report else False,
+        "ratio_mean": report.ratio_mean if report else None,
+        "ratio_min": report.ratio_min if report else None,
+        "ratio_max": report.ratio_max if report else None,
+        "approx_kl": report.approx_kl if report else None,
+        "skipped_update": bool(report and report.update_skipped),
+    }
+
+
+def _announce_groups(groups_P: Sequence[CreditedGroup], stats: GroupStats) -> None:
+    for group in groups_P:
+        marks = stats.correct_by_task[group.scored.task.draw]
+        note = f" | skipped ({group.skipped})" if group.skipped else ""
+        log.debug("  group: %d/%d correct | answer=%s%s", sum(marks), len(marks), group.scored.task.reference, note)
+
+
+def _evaluate(config: Config, parts: Parts) -> float:
+    if parts.evaluator is None:
+        raise ValueError("no evaluator")
+    parts.engine.load(parts.backend.publish())
+    metrics = parts.evaluator.run(
+        parts.events, parts.environment, parts.reward, parts.engine, deadline_s=config.training.phase_timeout_s
+    )
+    parts.log.evaluation(parts.counters.step, metrics)
+    return metrics["eval/accuracy"]
+
+
+def _state(parts: Parts) -> State:
+    return {**{name: part.state_dict() for name, part in parts.stateful.items()}, "facts": parts.facts}
+
+
+def _save(parts: Parts, state: State, *, accuracy: float | None) -> None:
+    step = state["counters"]["step"]
+    selected_on = parts.evaluator.name if parts.evaluator else ""
+    parts.checkpoints.save(step, parts.backend, state, accuracy=accuracy, selected_on=selected_on)

@@ -1,0 +1,115 @@
+"""From tasks to scored groups: the one event loop of a run, and the two phases that run on it under a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from retrain.errors import EngineError, RunError
+from retrain.protocols import Engine, Environment, Reward
+from retrain.types import NoiseKey, Rollout, Sampling, Score, ScoredGroup, Task
+
+T = TypeVar("T")
+
+
+class EventLoop:
+    """One asyncio loop on one thread for a whole run; the training loop stays plain."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="retrain-async", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T], *, phase: str, deadline_s: float) -> T:
+        """Wait for ``work``; past the deadline it is cancelled and a RunError names the phase."""
+
+        async def bounded() -> T:
+            async with asyncio.timeout(deadline_s):
+                return await work
+
+        future = asyncio.run_coroutine_threadsafe(bounded(), self._loop)
+        try:
+            return future.result()
+        except TimeoutError as error:
+            raise RunError(
+                f"{phase} took longer than training.phase_timeout_s = {deadline_s:g} seconds.",
+                fix="raise training.phase_timeout_s, or look at events.log for what hangs.",
+            ) from error
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Cancel what is left and stop the loop; safe to call twice."""
+        if self._loop.is_closed():
+            return
+
+        async def settle() -> None:
+            tasks = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(settle(), self._loop).result(timeout=10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        self._loop.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """The scored groups of one step and how long each phase took, in seconds."""
+
+    groups_P: tuple[ScoredGroup, ...]
+    sample_time_s: float
+    score_time_s: float
+
+
+async def sample(
+    tasks_P: Sequence[Task], n: int, environment: Environment, engine: Engine, sampling: Sampling
+) -> list[list[Rollout]]:
+    """``n`` attempts at every task; the noise of task p is keyed by its draw number."""
+
+    async def attempt(task: Task) -> list[Rollout]:
+        noise = replace(sampling.noise, task=task.draw)
+        rollouts = await environment.attempt(task, n, engine, replace(sampling, noise=noise))
+        if len(rollouts) != n:
+            raise EngineError(f"the environment returned {len(rollouts)} attempts at {task.id!r} instead of {n}.")
+        return rollouts
+
+    return list(await asyncio.gather(*(attempt(t) for t in tasks_P)))
+
+
+async def score(tasks_P: Sequence[Task], rollouts_P_G: Sequence[Sequence[Rollout]], reward: Reward) -> list[list[Score]]:
+    """Every group's scores, in order, whatever order they complete in."""
+    scores = await asyncio.gather(*(reward.score(t, r) for t, r in zip(tasks_P, rollouts_P_G, strict=True)))
+    return list(scores)
+
+
+def collect(
+    loop: EventLoop,
+    tasks_P: Sequence[Task],
+    n: int,
+    environment: Environment,
+    reward: Reward,
+    engine: Engine,
+    sampling: Sampling,
+    *,
+    seed: int,
+    step: int,
+    deadline_s: float,
+) -> Collected:
+    """Sample and score ``n`` attempts at each task under the noise of (seed, step)."""
+    started = time.perf_counter()
+    keyed = replace(sampling, noise=NoiseKey(seed=seed, step=step, task=0))
+    rollouts = loop.run(sample(tasks_P, n, environment, engine, keyed), phase="sampling", deadline_s=deadline_s)
+    sampled = time.perf_counter()
+    scores = loop.run(score(tasks_P, rollouts, reward), phase="scoring", deadline_s=deadline_s)
+    groups = tuple(
+        ScoredGroup(t, tuple(r), tuple(s)) for t, r, s in zip(tasks_P, rollouts, scores, strict=True)
+    )
+    return Collected(groups, sampled - started, time.perf_counter() - sampled)
