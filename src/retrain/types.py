@@ -55,7 +55,7 @@ class Task:
     reference: str
     source: str
     draw: int
-    info: Mapping[str, Any] = field(default=_EMPTY)
+    info: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
 
     def __post_init__(self) -> None:
         _require(bool(self.messages), f"task {self.id!r} has no messages")
@@ -144,7 +144,7 @@ class Rollout:
     stop: StopReason
     weights_version: int
     error: str = ""
-    rewards: Mapping[str, float] = field(default=_EMPTY)
+    rewards: Mapping[str, float] = field(default_factory=lambda: _EMPTY)
 
     def __post_init__(self) -> None:
         n = len(self.token_ids_T)
@@ -178,7 +178,7 @@ class Score:
 
     reward: float
     passed: bool | None = None
-    parts: Mapping[str, float] = field(default=_EMPTY)
+    parts: Mapping[str, float] = field(default_factory=lambda: _EMPTY)
     error: str = ""
 
     def __post_init__(self) -> None:
@@ -380,4 +380,4 @@ class RunResult:
     status: Literal["done", "interrupted", "failed"]
     steps: int
     run_dir: str
-    metrics: Mapping[str, Any] = field(default=_EMPTY)
+    metrics: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
