@@ -1,0 +1,151 @@
+"""Planning tokens: which tokens of a response belong to a phrase of strategy ("wait, let me ...").
+
+Phrases are searched in the text, and exactly the tokens that overlap a found phrase are marked.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from retrain.errors import ConfigError
+from retrain.types import BoolArray
+
+DEFAULT_GRAMS: tuple[str, ...] = (
+    "wait let me",
+    "let me think",
+    "on second thought",
+    "let me check",
+    "let me verify",
+    "is this right",
+    "double check",
+    "try another approach",
+    "go back and",
+    "start over",
+    "that's not right",
+    "that doesn't work",
+    "another way to",
+    "or we could",
+    "what if we",
+    "notice that",
+    "the key is",
+    "the key insight",
+)
+"""Phrases searched unless ``logging.strategic_grams`` names others."""
+
+_PLACE = "logging.strategic_grams"
+# Words of a phrase stand apart by spaces, commas or hyphens, their non-breaking forms included, never by a
+# newline: a new line is a new thought.
+_SEPARATOR = "[ \u00a0,\\-\u2010\u2011]+"
+_APOSTROPHE = "['\u2019]"
+
+
+def _words(gram: str) -> list[str]:
+    return [word for word in re.split("[\\s\u00a0,\\-\u2010\u2011]+", gram) if word]
+
+
+def _fold(text: str) -> str:
+    # Lower case without a change of length, so that offsets into the text stay valid: U+0130 is the one
+    # character that lower() turns into two.
+    return text.replace("\u0130", "i").lower()
+
+
+def parse_grams(text: str) -> tuple[str, ...]:
+    """Read ``logging.strategic_grams``: a JSON array of strings, or comma-separated phrases.
+
+    Blank text means the default phrases, ``[]`` none. A comma inside a phrase needs the JSON form (or CSV
+    quotes); it counts as a space between words. ConfigError for anything else.
+    """
+    stripped = text.strip()
+    if not stripped:
+        return DEFAULT_GRAMS
+    if stripped[0] in "[{":
+        try:
+            parsed: Any = json.loads(stripped)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{_PLACE} opens like JSON and is not: {error}.",
+                fix='write ["first phrase", "second phrase"].',
+            ) from error
+        if not isinstance(parsed, list) or not all(isinstance(g, str) for g in cast("list[Any]", parsed)):
+            raise ConfigError(
+                f"{_PLACE} must be a JSON array of strings.", fix='write ["first phrase", "second phrase"].'
+            )
+        found = cast("list[str]", parsed)
+    else:
+        try:
+            rows = list(csv.reader(io.StringIO(stripped), skipinitialspace=True, strict=True))
+        except csv.Error as error:
+            raise ConfigError(
+                f"{_PLACE} is not comma-separated text: {error}.",
+                fix='write first phrase, "second, with a comma".',
+            ) from error
+        found = [cell for row in rows for cell in row if cell.strip()]
+    return _checked(found)
+
+
+def _checked(grams: Iterable[str]) -> tuple[str, ...]:
+    checked = [" ".join(_words(gram)) for gram in grams]
+    for gram in checked:
+        if not re.search(r"\w", gram):
+            raise ConfigError(f"{_PLACE} holds a phrase without a word: {gram!r}.", fix="remove it.")
+    return tuple(dict.fromkeys(checked))
+
+
+class RegexDetector:
+    """Marks the tokens of every occurrence of a phrase, on word boundaries and in any letter case.
+
+    Words of a phrase may be separated by spaces, commas or hyphens, not by newlines; apostrophes may be
+    straight or typographic. Occurrences may overlap. ConfigError for a phrase without a word.
+    """
+
+    def __init__(self, grams: Sequence[str] = DEFAULT_GRAMS) -> None:
+        self.grams = _checked(grams)
+        self._searches = [self._search(gram) for gram in self.grams]
+
+    @staticmethod
+    def _search(gram: str) -> tuple[str, re.Pattern[str]]:
+        folded = _fold(gram).replace("\u2019", "'")
+        body = _SEPARATOR.join(re.escape(word).replace("'", _APOSTROPHE) for word in folded.split(" "))
+        before = r"\b" if re.match(r"\w", folded) else ""
+        after = r"\b" if re.search(r"\w$", folded) else ""
+        # A plain search for the longest stretch without separator or apostrophe finds candidates far faster
+        # than a pattern that starts with a boundary.
+        anchor = max(re.split("[ ']", folded), key=len)
+        return anchor, re.compile(before + body + after)
+
+    def _spans(self, text: str) -> Iterator[tuple[int, int]]:
+        folded = _fold(text)
+        for anchor, pattern in self._searches:
+            if anchor not in folded:
+                continue
+            found = pattern.search(folded)
+            while found:
+                yield found.span()
+                # From the next character on, not from the match's end: a phrase may overlap itself.
+                found = pattern.search(folded, found.start() + 1)
+
+    def __call__(self, text: str, offsets: Sequence[tuple[int, int]]) -> BoolArray:
+        """One bool per token: does its half-open character range overlap a phrase of ``text``?
+
+        ``offsets`` is (T, 2); a token of zero width is never marked. ValueError for a malformed shape.
+        """
+        mask_T = np.zeros(len(offsets), dtype=np.bool_)
+        spans = list(self._spans(text))
+        if not spans or not len(offsets):
+            return mask_T
+        ranges = np.fromiter(itertools.chain.from_iterable(offsets), dtype=np.int64).reshape(len(offsets), 2)
+        starts, ends = ranges[:, 0], ranges[:, 1]
+        # Characters inside a phrase before each position: a token overlaps one when that count grows over it.
+        inside = np.zeros(len(text) + 1, dtype=np.int64)
+        for start, end in spans:
+            inside[start + 1 : end + 1] = 1
+        before = np.cumsum(inside)
+        return before[np.clip(ends, 0, len(text))] > before[np.clip(starts, 0, len(text))]

@@ -1,0 +1,170 @@
+"""Token-level credit: how uncertain each sampled token was, and how that reshapes a rollout's advantage.
+
+The order is fixed: episode advantage, SEPA on the uncertainties, GTPO's weights, HICRA's amplification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from retrain.errors import ConfigError
+from retrain.protocols import Float64Array, TransformContext
+from retrain.types import BoolArray, FloatArray, Rollout, ScoredGroup
+
+Floats: TypeAlias = npt.NDArray[np.floating[Any]]
+
+SURPRISAL_CAP = 50.0
+"""Nats. A token this improbable is numerical noise; without a cap one of them would own its rollout."""
+
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "gtpo": ("beta",),
+    "gtpo_hicra": ("beta", "alpha"),
+    "gtpo_sepa": ("beta",),
+}
+"""What each built-in transform reads from ``context.params``."""
+
+SEPA_TRANSFORMS = frozenset({"gtpo_sepa"})
+"""Built-in transforms that read ``context.sepa_lambda``."""
+
+
+# Uncertainties: rollout -> (T,) float32, finite where sampled, NaN elsewhere.
+
+
+def surprisal(rollout: Rollout) -> FloatArray:
+    """``u_t = min(-logprob_t, 50)`` in nats, of the token that was sampled; NaN where none was.
+
+    Weighting by the surprisal of the sampled token adds an entropy-gradient term
+    (E[u grad log p] = grad H): unlike the entropy it depends on the action, not on the state alone.
+    """
+    # 0 - x instead of -x: a certain token has surprisal 0.0, not -0.0.
+    u_T = np.minimum(np.float32(0.0) - rollout.logprobs_T, np.float32(SURPRISAL_CAP))
+    return np.where(rollout.sampled_T, u_T, np.float32(np.nan))
+
+
+def predictive_variance(rollout: Rollout) -> FloatArray:
+    """``u_t = p_t (1 - p_t)`` of the sampled token's probability, in [0, 0.25]; NaN where none was."""
+    # expm1 keeps 1 - p of a nearly certain token; numerics may leave a logprob a hair above 0.
+    logprobs_T = np.minimum(rollout.logprobs_T.astype(np.float64), 0.0)
+    u_T = (np.exp(logprobs_T) * -np.expm1(logprobs_T)).astype(np.float32)
+    return np.where(rollout.sampled_T, u_T, np.float32(np.nan))
+
+
+def shannon_entropy(rollout: Rollout) -> FloatArray:
+    """``u_t`` = entropy in nats of the whole next-token distribution; NaN where no token was sampled.
+
+    ConfigError when the rollout carries no entropies: only an engine that sees the full vocabulary has them.
+    """
+    if rollout.entropies_T is None:
+        raise ConfigError(
+            'uncertainty_kind = "shannon_entropy" needs full-vocabulary entropies, and the engine sent none.',
+            fix='set uncertainty_kind = "surprisal" under [algorithm], or inference.engine = "pytorch".',
+        )
+    return np.where(rollout.sampled_T, rollout.entropies_T, np.float32(np.nan)).astype(np.float32, copy=False)
+
+
+# Pure pieces, each over the n sampled tokens of one rollout, in float64.
+
+
+def gtpo_weigh(advantages_n: Floats, uncertainty_n: Floats, beta: float) -> Float64Array:
+    """GTPO-like weights: ``A_t w_t``, ``w_t = max(0, 1 + beta (u_t / (mean(u) + 1e-8) - 1))``.
+
+    Unchanged when ``beta`` is 0 or ``mean(u)`` below 1e-7. While no weight is floored at 0 they average to 1,
+    so the rollout keeps its total credit. This simplifies the paper it is named after (GTPO, arXiv
+    2508.04349), which shapes rewards across the responses alive at each position and treats correct and wrong
+    ones differently.
+    Arguments and result are (n,); ``advantages_n`` may also be a scalar array.
+    """
+    a_n = np.asarray(advantages_n, dtype=np.float64)
+    u_n = np.asarray(uncertainty_n, dtype=np.float64)
+    if beta == 0.0 or u_n.size == 0:
+        return a_n
+    mean = float(u_n.mean())
+    if mean < 1e-7:
+        return a_n
+    return a_n * np.maximum(0.0, 1.0 + beta * (u_n / (mean + 1e-8) - 1.0))
+
+
+def hicra_amplify(advantages_n: Floats, planning_n: BoolArray, alpha: float) -> Float64Array:
+    """HICRA: ``A_t + alpha |A_t|`` on planning tokens, ``A_t`` elsewhere. Paper: arXiv 2509.03646.
+
+    A planning token gains whatever the sign: more credit in a success, less blame in a failure.
+    Arguments and result are (n,).
+    """
+    a_n = np.asarray(advantages_n, dtype=np.float64)
+    return np.where(planning_n, a_n + alpha * np.abs(a_n), a_n)
+
+
+def sepa_pool(uncertainty_n: Floats, planning_n: BoolArray, sepa_lambda: float) -> Float64Array:
+    """SEPA pooling: ``u_t <- lambda mean_exec(u) + (1 - lambda) u_t`` on execution tokens.
+
+    Planning tokens keep their ``u_t``; a rollout without execution tokens is unchanged. ``sepa_lambda`` is in
+    [0, 1]; arguments and result are (n,). SEPA ("selective entropy pooling with annealing") is a proposal
+    published without peer review, and its author reports null results: over a hundred runs showed no
+    significant gain. It flattens the uncertainty of execution tokens, which is all that can be said for it.
+    """
+    u_n = np.asarray(uncertainty_n, dtype=np.float64)
+    execution_n = ~planning_n
+    if sepa_lambda == 0.0 or not execution_n.any():
+        return u_n
+    mean = float(u_n[execution_n].mean())
+    return np.where(execution_n, sepa_lambda * mean + (1.0 - sepa_lambda) * u_n, u_n)
+
+
+# Token transforms: (group, advantages_G_T, context) -> advantages_G_T.
+
+
+def none(
+    group: ScoredGroup, advantages_G_T: Sequence[FloatArray], context: TransformContext
+) -> Sequence[FloatArray]:
+    """Every sampled token keeps its rollout's advantage."""
+    return advantages_G_T
+
+
+def _transform(
+    group: ScoredGroup,
+    advantages_G_T: Sequence[FloatArray],
+    context: TransformContext,
+    *,
+    sepa_lambda: float,
+    alpha: float,
+) -> list[FloatArray]:
+    beta = float(context.params["beta"])
+    out_G_T: list[FloatArray] = []
+    for rollout, a_T, u_T, planning_T in zip(
+        group.rollouts_G, advantages_G_T, context.uncertainty_G_T, context.planning_G_T, strict=True
+    ):
+        sampled_T = rollout.sampled_T
+        planning_n = planning_T[sampled_T]
+        credit_n = gtpo_weigh(a_T[sampled_T], sepa_pool(u_T[sampled_T], planning_n, sepa_lambda), beta)
+        if alpha != 0.0:
+            credit_n = hicra_amplify(credit_n, planning_n, alpha)
+        out_T = np.zeros(len(a_T), dtype=np.float32)
+        out_T[sampled_T] = credit_n
+        out_G_T.append(out_T)
+    return out_G_T
+
+
+def gtpo(
+    group: ScoredGroup, advantages_G_T: Sequence[FloatArray], context: TransformContext
+) -> Sequence[FloatArray]:
+    """GTPO's weights on the raw uncertainties, per rollout; see ``gtpo_weigh``. Reads ``params["beta"]``."""
+    return _transform(group, advantages_G_T, context, sepa_lambda=0.0, alpha=0.0)
+
+
+def gtpo_hicra(
+    group: ScoredGroup, advantages_G_T: Sequence[FloatArray], context: TransformContext
+) -> Sequence[FloatArray]:
+    """GTPO's weights, then HICRA on planning tokens. Reads ``params["beta"]`` and ``params["alpha"]``."""
+    return _transform(group, advantages_G_T, context, sepa_lambda=0.0, alpha=float(context.params["alpha"]))
+
+
+def gtpo_sepa(
+    group: ScoredGroup, advantages_G_T: Sequence[FloatArray], context: TransformContext
+) -> Sequence[FloatArray]:
+    """SEPA on the uncertainties, then GTPO's weights. Reads ``params["beta"]`` and ``sepa_lambda``."""
+    return _transform(group, advantages_G_T, context, sepa_lambda=context.sepa_lambda, alpha=0.0)
