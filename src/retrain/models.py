@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from retrain.config.names import TINY_MODEL
 from retrain.config.schema import Config
 from retrain.errors import ConfigError, ModelError
+from retrain.renderer import model_path
 from retrain.types import Canary, IntArray
 
 log = logging.getLogger("retrain")
@@ -77,11 +76,6 @@ def _resolve_attention(kernel: str, device: torch.device, dtype: torch.dtype) ->
         f"inference.attention_kernel = {kernel!r} does not exist in the in-process engine.",
         fix='use "default" or "flash".',
     )
-
-
-def local_model_path(model: str) -> str:
-    """A folder or Hugging Face id; ``retrain/tiny`` is the folder inside this package."""
-    return str(files("retrain.assets") / "tiny") if model == TINY_MODEL else model
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,7 +398,7 @@ def load_policy(config: Config, *, seed: int) -> Policy:
     auto: Any = AutoModelForCausalLM
     try:
         model = auto.from_pretrained(
-            local_model_path(name),
+            model_path(name),
             revision=config.model.revision or None,
             dtype=dtype,
             attn_implementation=attention,

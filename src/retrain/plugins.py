@@ -20,6 +20,7 @@ from retrain.errors import PluginError
 TABLE: dict[str, dict[str, str]] = {
     "backend": {"local": "retrain.backends.local:build"},
     "engine": {"pytorch": "retrain.engines.torch_engine:build"},
+    "renderer": {"chat": "retrain.renderer:load_renderer"},
     "environment": {"single_turn": "retrain.environments.single_turn:build"},
     "source": {
         "arithmetic": "retrain.environments.sources:arithmetic",

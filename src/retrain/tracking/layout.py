@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 CONFIG = "config.toml"
@@ -40,3 +41,11 @@ def rollout_file(step: int) -> str:
 def holds_run(directory: Path) -> bool:
     """Does the directory already hold a run?"""
     return any((directory / name).exists() for name in (RUN, METRICS, TRAINER_STATE, CHECKPOINTS))
+
+
+def clear(directory: Path) -> None:
+    """Remove a run's files, and nothing else, from a directory; its events.log goes on."""
+    for name in (CONFIG, RUN, METRICS, TRAINER_STATE):
+        (directory / name).unlink(missing_ok=True)
+    for name in (CHECKPOINTS, ROLLOUTS, ADAPTER, Path(STEPS).parent.name):
+        shutil.rmtree(directory / name, ignore_errors=True)

@@ -137,11 +137,14 @@ class RunLog:
                     },
                 )
 
-    def state_dict(self) -> State:
-        """The length of every stream, in bytes, once everything is on disk."""
+    def sync(self) -> None:
+        """Wait until every stream is on disk: a checkpoint must not know more than the files hold."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
+
+    def state_dict(self) -> State:
+        """The length of every stream, in bytes."""
         return {"bytes": {name: file.tell() for name, file in self._files.items()}}
 
     def load_state_dict(self, state: State) -> None:

@@ -9,13 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-
-from retrain.algorithms.credit import Algorithm, GroupStats, credit, step_stats
+from retrain.algorithms.credit import Algorithm, credit, step_stats
+from retrain.algorithms.sepa import SepaSchedule
 from retrain.config.schema import Config
 from retrain.errors import LearnerError, RewardError, RunError
 from retrain.protocols import Backend, Engine, Environment, Reward, State, Stateful, TaskSource
@@ -24,20 +22,12 @@ from retrain.training.batch import pack
 from retrain.training.checkpoint import Checkpoints
 from retrain.training.evaluate import Evaluator
 from retrain.training.rollout import Collected, EventLoop, collect
-from retrain.types import CreditedGroup, OptimStep, Sampling, StepReport, TrainBatch
+from retrain.training.metrics import announce_groups, learner_metrics, rollout_metrics
+from retrain.types import OptimStep, Sampling, StepReport
 
 log = logging.getLogger("retrain")
 
 _MAX_SKIPPED_UPDATES = 3
-
-
-class Schedule(Stateful):
-    """What the loop asks of SEPA's schedule."""
-
-    gate_open: bool
-
-    def lambda_at(self, step: int) -> float: ...  # noqa: D102
-    def observe(self, stats: Any) -> None: ...  # noqa: D102
 
 
 @dataclass(slots=True)
@@ -77,7 +67,7 @@ class Parts:
     reward: Reward
     tasks: TaskSource
     algorithm: Algorithm
-    schedule: Schedule
+    schedule: SepaSchedule
     sampling: Sampling
     evaluator: Evaluator | None
     checkpoints: Checkpoints
@@ -102,7 +92,7 @@ def train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done"
     A RunError leaves a checkpoint of the last completed step behind before it is raised.
     """
     counters, training = parts.counters, config.training
-    saved_at = -1
+    saved_at = counters.step if counters.step else -1
     if counters.step == 0 and parts.evaluator is not None:
         _evaluate(config, parts)
     while counters.step < training.max_steps and not stop.is_set():
@@ -110,10 +100,11 @@ def train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done"
         try:
             _step(config, parts)
         except RunError:
-            if not isinstance(before, dict) or counters.step == before["counters"]["step"]:
-                _save(parts, before, accuracy=None)
-            else:
-                _save(parts, _state(parts), accuracy=None)
+            # A step that broke before its update leaves the learner where the step began; one that broke
+            # after it has been counted.
+            unfinished = counters.step == before["counters"]["step"]
+            if not (unfinished and saved_at == counters.step):
+                _save(parts, before if unfinished else _state(parts), accuracy=None)
             raise
         done = counters.step
         accuracy = None
@@ -147,7 +138,8 @@ def _step(config: Config, parts: Parts) -> None:
     fixed = training.batch_size * training.group_size * training.max_tokens
     batch = pack(groups_P, temperature=training.temperature, fixed_tokens=fixed)
     trained = time.perf_counter()
-    report = None if batch.is_empty else parts.backend.train_step(batch, optim_at(config, step))
+    optim = optim_at(config, step)
+    report = None if batch.is_empty else parts.backend.train_step(batch, optim)
     finished = time.perf_counter()
     parts.schedule.observe(stats.observed)
     counters.step += 1
@@ -166,9 +158,10 @@ def _step(config: Config, parts: Parts) -> None:
         "sepa_lambda": sepa_lambda,
         "sepa_gate_open": gate_open,
         "running_correct_rate": counters.running_correct_rate,
-        **_rollout_metrics(got, errors),
+        **rollout_metrics(got, errors),
         **stats.metrics,
-        **_learner_metrics(config, step, batch, report),
+        **learner_metrics(batch, report),
+        "lr": optim.lr,
         "step_time_s": finished - started,
         "sync_time_s": synced - started,
         "sample_time_s": got.sample_time_s,
@@ -177,8 +170,8 @@ def _step(config: Config, parts: Parts) -> None:
         "tokens_sampled": batch.num_tokens,
         "tokens_per_second": batch.num_tokens / max(got.sample_time_s, 1e-9),
     }
+    announce_groups(groups_P, config.reward.correct_at)
     parts.log.step(step, metrics, groups_P)
-    _announce_groups(groups_P, stats)
     _check_update(counters, report)
 
 
@@ -221,47 +214,6 @@ def _check_update(counters: Counters, report: StepReport | None) -> None:
         )
 
 
-def _rollout_metrics(got: Collected, errors: int) -> dict[str, Any]:
-    pairs = [(r, s) for g in got.groups_P for r, s, v in zip(g.rollouts_G, g.scores_G, g.valid_G, strict=True) if v]
-    total = sum(len(g.rollouts_G) for g in got.groups_P)
-    lengths = [r.num_sampled for r, _ in pairs]
-    parts: dict[str, list[float]] = {}
-    for _, score in pairs:
-        for name, value in score.parts.items():
-            parts.setdefault(name, []).append(value)
-    return {
-        "mean_reward": float(np.mean([s.reward for _, s in pairs])) if pairs else None,
-        "mean_length": float(np.mean(lengths)) if pairs else None,
-        "max_token_hit_rate": float(np.mean([r.stop == "length" for r, _ in pairs])) if pairs else None,
-        "reward_error_rate": errors / total,
-        "rollout_error_rate": sum(r.stop == "error" for g in got.groups_P for r in g.rollouts_G) / total,
-        **{f"rewards/{name}": float(np.mean(values)) for name, values in sorted(parts.items())},
-    }
-
-
-def _learner_metrics(config: Config, step: int, batch: TrainBatch, report: StepReport | None) -> dict[str, Any]:
-    return {
-        "num_datums": len(batch.rows),
-        "lr": optim_at(config, step).lr,
-        "loss": report.loss if report else None,
-        "loss_is_placeholder": report.loss_is_placeholder if report else False,
-        "grad_norm": report.grad_norm if report else None,
-        "grad_clipped": report.grad_clipped if report else False,
-        "ratio_mean": report.ratio_mean if report else None,
-        "ratio_min": report.ratio_min if report else None,
-        "ratio_max": report.ratio_max if report else None,
-        "approx_kl": report.approx_kl if report else None,
-        "skipped_update": bool(report and report.update_skipped),
-    }
-
-
-def _announce_groups(groups_P: Sequence[CreditedGroup], stats: GroupStats) -> None:
-    for group in groups_P:
-        marks = stats.correct_by_task[group.scored.task.draw]
-        note = f" | skipped ({group.skipped})" if group.skipped else ""
-        log.debug("  group: %d/%d correct | answer=%s%s", sum(marks), len(marks), group.scored.task.reference, note)
-
-
 def _evaluate(config: Config, parts: Parts) -> float:
     if parts.evaluator is None:
         raise ValueError("no evaluator")
@@ -278,6 +230,7 @@ def _state(parts: Parts) -> State:
 
 
 def _save(parts: Parts, state: State, *, accuracy: float | None) -> None:
+    parts.log.sync()
     step = state["counters"]["step"]
     selected_on = parts.evaluator.name if parts.evaluator else ""
     parts.checkpoints.save(step, parts.backend, state, accuracy=accuracy, selected_on=selected_on)

@@ -1,0 +1,147 @@
+"""Load, preflight, build, loop: what the command line and ``run()`` call."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from retrain import plugins, preflight
+from retrain.config.load import LoadedConfig, dump_toml, load
+from retrain.config.schema import Config
+from retrain.errors import RetrainError
+from retrain.sinks import ConsoleHandler
+from retrain.tracking import layout
+from retrain.tracking.run_log import write_atomically
+from retrain.training.build import build
+from retrain.training.loop import Parts, train
+from retrain.types import RunResult
+
+log = logging.getLogger("retrain")
+
+
+async def run(config: Config | Mapping[str, Any] | str | Path, *, overwrite: bool = False, fork: bool = False) -> RunResult:
+    """Train as ``config`` says (a Config, a nested mapping, or the path of a TOML file).
+
+    The loop itself is plain and runs in a thread, so that other coroutines go on. Errors are RetrainError.
+    """
+    loaded = load(config)
+    stop = threading.Event()
+    try:
+        return await asyncio.to_thread(execute, loaded, overwrite=overwrite, fork=fork, plain=True, stop=stop)
+    except asyncio.CancelledError:
+        stop.set()
+        raise
+
+
+def execute(
+    loaded: LoadedConfig,
+    *,
+    overwrite: bool = False,
+    fork: bool = False,
+    debug: bool = False,
+    plain: bool = False,
+    stop: threading.Event | None = None,
+) -> RunResult:
+    """Run one training run to its end; ``stop`` ends it cleanly after the present step."""
+    config = loaded.config
+    stop = stop or threading.Event()
+    place = preflight.choose_directory(config, overwrite=overwrite, fork=fork)
+    preflight.check_writable(place.directory)
+    plugins.add_search_paths(loaded.search_paths)
+    with _logging(place.directory, debug=debug):
+        if place.note:
+            log.info(place.note)
+        for line in loaded.announcements:
+            log.info(line)
+        if config.training.seed < 0:
+            config = _with(config, "training", seed=secrets.randbelow(2**31))
+            log.info("training.seed = -1: drew seed %d (recorded in %s).", config.training.seed, layout.CONFIG)
+        config = _with(config, "logging", log_dir=str(place.directory))
+        return _run(config, place, plain=plain, stop=stop)
+
+
+def _run(config: Config, place: preflight.Place, *, plain: bool, stop: threading.Event) -> RunResult:
+    directory = place.directory
+    start = 0
+    if place.how == "resume":
+        before = load(directory / layout.CONFIG).config
+        config = _with(config, "training", seed=before.training.seed)
+    with build(config, directory, fresh=place.how == "new", plain=plain) as parts:
+        if place.how == "resume":
+            start = _restore(config, before, parts)
+        write_atomically(directory / layout.CONFIG, dump_toml(_with(config, "resume", from_="")))
+        parts.log.begin({"facts": parts.facts, "started_at_step": start, "max_steps": config.training.max_steps})
+        status: Literal["done", "interrupted", "failed"] = "failed"
+        try:
+            status = train(config, parts, stop)
+            _save_adapter(config, directory, parts)
+        finally:
+            parts.log.status(status, step=parts.counters.step)
+        return RunResult(status, parts.counters.step, str(directory))
+
+
+def _restore(config: Config, before: Config, parts: Parts) -> int:
+    """Bring every part back to the newest intact checkpoint and say whether the rest will be byte-exact."""
+    path, state = parts.checkpoints.newest()
+    step = int(state["step"])
+    preflight.check_resume(before, config, step)
+    parts.backend.restore(path)
+    for name, part in parts.stateful.items():
+        part.load_state_dict(state[name])
+    parts.log.cut_rollouts(step)
+    parts.checkpoints.discard_after(step)
+    log.info("Resuming %s after %d steps from %s.", parts.log.directory, step, path.name)
+    reasons = preflight.inexact_because(config, state["facts"], parts.facts, parts.counters.reward_errors)
+    log.info("byte-exact: %s", "no, because " + "; ".join(reasons) + "." if reasons else "yes")
+    return step
+
+
+def _save_adapter(config: Config, directory: Path, parts: Parts) -> None:
+    """Copy the adapter of the newest checkpoint to where the user wants the final one."""
+    path, _ = parts.checkpoints.newest()
+    target = Path(config.backend.adapter_path) if config.backend.adapter_path else directory / layout.ADAPTER
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(path / layout.ADAPTER, temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.replace(target)
+    log.info("Adapter: %s", target)
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+@contextmanager
+def _logging(directory: Path, *, debug: bool) -> Iterator[None]:
+    """Show the package's log on the console and keep all of it in events.log."""
+    file = logging.FileHandler(directory / layout.EVENTS, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    console = ConsoleHandler()
+    console.setLevel(logging.DEBUG if debug else logging.INFO)
+    handlers: Sequence[logging.Handler] = (file, console)
+    before, log.propagate = log.propagate, False
+    log.setLevel(logging.DEBUG)
+    for handler in handlers:
+        log.addHandler(handler)
+    try:
+        yield
+    except RetrainError as error:
+        log.debug("%s", error, exc_info=error)
+        raise
+    except Exception as error:
+        log.debug("bug: %s", error, exc_info=error)
+        raise
+    finally:
+        log.propagate = before
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()

@@ -1,0 +1,93 @@
+"""Where metrics go besides files: the console. Trackers join this table by name."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def step_line(step: int, m: Mapping[str, Any]) -> str:
+    """One training step as one line, in the product's order of fields."""
+
+    def number(key: str, form: str, none: str = "n/a") -> str:
+        value = m.get(key)
+        return none if value is None else format(value, form)
+
+    loss = number("loss", ".4f", "none")
+    if m.get("loss_is_placeholder"):
+        loss += " (placeholder)"
+    parts = [
+        f"Step {step} [{m.get('condition', '')}]",
+        f"loss={loss}",
+        f"reward={number('mean_reward', '.3f')}",
+        f"correct={number('correct_rate', '.1%')}",
+        f"datums={m.get('num_datums', 0)}",
+        f"bs={m.get('batch_size')}",
+        f"gs={m.get('group_size')}",
+        f"sepa_l={number('sepa_lambda', '.4f')}",
+        f"time={number('step_time_s', '.1f')}s",
+        f"len={number('mean_length', '.1f')}",
+        f"cut={number('max_token_hit_rate', '.1%')}",
+        f"ent={number('entropy_mean', '.3f')}",
+    ]
+    skipped = {k.removeprefix("skipped_"): v for k, v in m.items() if k.startswith("skipped_") and k != "skipped_update" and v}
+    if skipped:
+        parts.append("skipped=" + ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in skipped.items()))
+    return " | ".join(parts)
+
+
+def evaluation_line(step: int, m: Mapping[str, Any]) -> str:
+    """One evaluation as one line."""
+    text = (
+        f"Eval after {step} steps [{m['eval/source']}, {m['eval/tasks']} tasks x {m['eval/samples']}] | "
+        f"accuracy={m['eval/accuracy']:.1%} (95% interval {m['eval/accuracy_low']:.1%} to {m['eval/accuracy_high']:.1%})"
+    )
+    return text + (f" | errors={m['eval/errors']}" if m["eval/errors"] else "")
+
+
+class ConsoleSink:
+    """Prints one line per step and evaluation; on a terminal a progress bar with time left stays below them."""
+
+    def __init__(self, *, total_steps: int, plain: bool) -> None:
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
+        self._progress: Progress | None = None
+        if self._console.is_terminal and not plain:
+            self._progress = Progress(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
+                console=self._console,
+            )  # fmt: skip
+            self._task = self._progress.add_task("training", total=total_steps, note="")
+            self._progress.start()
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Print a step's or an evaluation's line."""
+        if "eval/accuracy" in metrics:
+            self._console.print(evaluation_line(step, metrics))
+            return
+        self._console.print(step_line(step, metrics))
+        if self._progress is not None:
+            reward = metrics.get("mean_reward")
+            note = "" if reward is None else f"reward {reward:.3f}"
+            self._progress.update(self._task, completed=step + 1, note=note)
+        self._console.file.flush()
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class ConsoleHandler(logging.Handler):
+    """Shows the package's log lines as bare text; above the progress bar while there is one, because rich then
+    redirects ``sys.stdout``."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record; warnings are marked."""
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        print(mark + self.format(record), flush=True)

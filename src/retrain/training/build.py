@@ -1,0 +1,156 @@
+"""The one constructor: turns a configuration into the parts of a run. Cheap parts are made first, so that a
+wrong path or reward is found before a model loads."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from retrain import __version__, plugins
+from retrain.algorithms import credit
+from retrain.config.schema import Config
+from retrain.environments.sources import TaskCursor, load_tasks
+from retrain.protocols import Renderer, Sink
+from retrain.tracking import layout
+from retrain.tracking.run_log import RunLog
+from retrain.training.checkpoint import Checkpoints
+from retrain.training.evaluate import Evaluator
+from retrain.training.loop import Parts
+from retrain.training.rollout import EventLoop
+from retrain.types import NoiseKey, Sampling
+
+log = logging.getLogger("retrain")
+
+_VERSIONED = ("torch", "transformers", "peft", "numpy", "safetensors", "tokenizers")
+
+
+def facts() -> dict[str, Any]:
+    """Versions and machine of this start, without importing any of the packages."""
+    found: dict[str, Any] = {"retrain": __version__, "python": platform.python_version(), "machine": _processor()}
+    for package in _VERSIONED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    found["git"] = _git()
+    return found
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return f"{platform.machine()} {line.partition(':')[2].strip()}"
+    return f"{platform.machine()} {platform.processor()}".strip()
+
+
+def _git() -> str:
+    """Commit of the package's own checkout, "" for an installed copy."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "--", "src"], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def sampling_of(config: Config, renderer: Renderer, *, temperature: float) -> Sampling:
+    """Every sampling setting of a request, stated; the noise key is filled in per step and task."""
+    training = config.training
+    return Sampling(
+        temperature=temperature,
+        top_p=training.top_p,
+        max_tokens=training.max_tokens,
+        stop_ids=tuple(renderer.stop_ids),
+        stop=tuple(training.stop),
+        want_entropy=config.algorithm.uncertainty_kind == "shannon_entropy" or config.inference.engine == "pytorch",
+        noise=NoiseKey(0, 0, 0),
+    )
+
+
+def evaluator(config: Config, renderer: Renderer) -> Evaluator | None:
+    """The held-out tasks of [eval], None when there are none to run."""
+    section = config.eval
+    if not section.source:
+        return None
+    data = config.data.model_copy(
+        update={
+            "source": section.source,
+            "path": section.path or (config.data.path if section.source == config.data.source else ""),
+            "split": section.split,
+            "levels": section.levels or config.data.levels,
+        }
+    )
+    held_out = load_tasks(data, section.split)
+    # A seeded draw, not the first ones: a file's first rows are rarely a fair sample of it.
+    chosen = TaskCursor(held_out, seed=section.seed, shuffle=True).take(min(section.examples or len(held_out), len(held_out)))
+    sampling = sampling_of(config, renderer, temperature=section.temperature or config.training.temperature)
+    return Evaluator(
+        tasks=tuple(chosen),
+        samples=section.samples,
+        sampling=replace(sampling, want_entropy=False),
+        seed=section.seed,
+        correct_at=config.reward.correct_at,
+        name=f"{section.source}/{section.split}",
+    )
+
+
+@contextlib.contextmanager
+def build(config: Config, run_dir: Path, *, fresh: bool, plain: bool) -> Iterator[Parts]:
+    """Make every part of a run, in the order in which they can fail cheaply; close them all at the end."""
+    with contextlib.ExitStack() as stack:
+        log.info("Loading tokenizer for %s ...", config.model.model)
+        renderer = plugins.load("renderer", "chat")(
+            config.model.model, revision=config.model.revision, template_args=config.data.template_args
+        )
+        log.info("Loading dataset...")
+        tasks = load_tasks(config.data, config.data.split, config.training.max_examples)
+        log.info("Loaded %d examples", len(tasks))
+        held_out = evaluator(config, renderer)
+        events = EventLoop()
+        stack.callback(events.close)
+        reward = plugins.load("reward", config.reward.type)(config, renderer)
+        _close_with(stack, reward)
+        environment = plugins.load("environment", "single_turn")(config, renderer)
+        algorithm = credit.build(config, renderer)
+        schedule = credit.build_schedule(config)
+        backend = plugins.load("backend", config.backend.backend)(config, renderer)
+        stack.callback(backend.close)
+        engine = plugins.load("engine", config.inference.engine)(config, renderer)
+        stack.callback(engine.close)
+        if fresh:
+            # Only now, when everything could be made: a mistake must not cost the run that stands here.
+            layout.clear(run_dir)
+        log.info("Ready (backend=%s, engine=%s).", config.backend.backend, config.inference.engine)
+        sinks: list[Sink] = [plugins.load("sink", "console")(total_steps=config.training.max_steps, plain=plain)]
+        run_log = RunLog(run_dir, renderer, sinks, generations=config.logging.generations, rollouts=config.logging.rollouts)
+        stack.callback(run_log.close)
+        yield Parts(
+            backend=backend,
+            engine=engine,
+            environment=environment,
+            reward=reward,
+            tasks=TaskCursor(tasks, seed=config.training.seed, shuffle=config.data.shuffle),
+            algorithm=algorithm,
+            schedule=schedule,
+            sampling=sampling_of(config, renderer, temperature=config.training.temperature),
+            evaluator=held_out,
+            checkpoints=Checkpoints(run_dir, keep=config.training.keep_checkpoints),
+            log=run_log,
+            events=events,
+            facts={**facts(), **backend.facts()},
+        )
+
+
+def _close_with(stack: contextlib.ExitStack, part: Any) -> None:
+    close = getattr(part, "close", None)
+    if close is not None:
+        stack.callback(close)

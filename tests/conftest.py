@@ -1,0 +1,96 @@
+"""What every test may use: shared data, random models of any shape, fixed thread counts, no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def shared_root() -> Path | None:
+    """The folder of shared real data, or None."""
+    root = Path(os.environ.get("RETRAIN_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    return root if (root / "data").is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The shared real data; the test skips where there is none."""
+    root = shared_root()
+    if root is None:
+        pytest.skip("needs the shared data: set RETRAIN_SHARED or put it at ../shared")
+    return root
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A maker of folders with a random Qwen3 model and the embedded (or another) tokenizer."""
+    import shutil
+
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    from retrain.renderer import model_path
+
+    def make(
+        *, hidden: int = 64, layers: int = 2, heads: int = 2, kv_heads: int = 1, head_dim: int = 32, vocab: int = 0, seed: int = 0,
+        tokenizer: Path | None = None, generation: dict[str, Any] | None = None, scale: float = 1.0,
+    ) -> Path:  # fmt: skip
+        folder = tmp_path_factory.mktemp("model")
+        source = tokenizer or Path(model_path("retrain/tiny"))
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if (source / name).exists():
+                shutil.copy(source / name, folder / name)
+        loaded = AutoTokenizer.from_pretrained(str(source))
+        torch.manual_seed(seed)
+        config = Qwen3Config(
+            vocab_size=vocab or len(loaded), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=4096,
+            tie_word_embeddings=True, bos_token_id=None, eos_token_id=loaded.eos_token_id, pad_token_id=loaded.pad_token_id,
+        )  # fmt: skip
+        model = Qwen3ForCausalLM(config)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(scale)
+        model.save_pretrained(folder)
+        if generation is not None:
+            import json
+
+            path = folder / "generation_config.json"
+            facts = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps({**facts, **generation}))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., Any]:
+    """A maker of configurations: the tiny template's essentials, changed by ``section={key: value}``."""
+    from retrain.config.load import load_config
+
+    def make(**sections: dict[str, Any]) -> Any:
+        base: dict[str, dict[str, Any]] = {
+            "backend": {"devices": "cpu"},
+            "model": {"model": "retrain/tiny", "lora_rank": 16},
+            "lora": {"alpha": 32},
+            "algorithm": {"advantage_mode": "grpo", "transform_mode": "none"},
+            "training": {
+                "seed": 1, "max_steps": 4, "batch_size": 4, "group_size": 4, "max_tokens": 32, "temperature": 1.0, "lr": 1e-3,
+            },  # fmt: skip
+            "data": {"source": "arithmetic"},
+            "reward": {"type": "match"},
+        }
+        for name, values in sections.items():
+            base[name] = {**base.get(name, {}), **values}
+        return load_config(base)
+
+    return make

@@ -1,0 +1,223 @@
+"""The in-process sampler: the distribution it draws from, what it reports, and what it must not depend on."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from retrain.backends import local
+from retrain.engines import torch_engine
+from retrain.engines.torch_engine import sample_tokens
+from retrain.errors import EngineError
+from retrain.renderer import load_renderer
+from retrain.types import NoiseKey, Sampling
+
+torch.set_num_threads(2)
+
+
+def sampling(**changes):
+    return replace(Sampling(1.0, 1.0, 24, (1,), (), True, NoiseKey(7, 3, 0)), **changes)
+
+
+def pair(make_config, **sections):
+    config = make_config(**sections)
+    renderer = load_renderer(config.model.model)
+    backend = local.build(config, renderer)
+    engine = torch_engine.build(config, renderer)
+    return config, renderer, backend, engine
+
+
+def shake(backend, scale=0.05, seed=0):
+    """Give the adapter weights that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in backend.policy.adapter.items():
+            if "lora_B" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * scale)
+    backend._version += 1
+
+
+def generate(engine, requests):
+    async def go():
+        return await asyncio.gather(*(engine.generate(np.asarray(p, np.int32), n, s) for p, n, s in requests))
+
+    return asyncio.run(go())
+
+
+@pytest.fixture
+def ready(make_config, random_model):
+    model = str(random_model(scale=2.0))
+    config, renderer, backend, engine = pair(make_config, model={"model": model, "lora_rank": 4})
+    shake(backend)
+    engine.load(backend.publish())
+    yield backend, engine, renderer
+    engine.close()
+
+
+def test_the_sample_follows_the_tempered_distribution():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 40) * 2
+    for temperature, top_p in ((1.0, 1.0), (0.7, 1.0), (1.3, 0.8)):
+        n = 20_000
+        u = torch.rand(n, dtype=torch.float64)
+        ids, logprobs, entropy = sample_tokens(
+            logits.expand(n, -1), torch.full((n,), temperature), torch.full((n,), top_p), u, True
+        )
+        p = np.exp(logits[0].double().numpy() / temperature)
+        p /= p.sum()
+        kept = p.copy()
+        order = np.argsort(-p)
+        inside = np.cumsum(p[order]) - p[order] < top_p
+        kept[order[~inside]] = 0
+        kept /= kept.sum()
+        counts = np.bincount(ids.numpy(), minlength=40)
+        assert not counts[kept == 0].any()
+        live = kept * n >= 5
+        rest = n - counts[live].sum()
+        observed, expected = [*counts[live]], [*(kept[live] * n)]
+        if (1 - kept[live].sum()) * n > 1:
+            observed, expected = [*observed, rest], [*expected, n - kept[live].sum() * n]
+        expected = np.array(expected) * sum(observed) / sum(expected)
+        assert stats.chisquare(observed, expected).pvalue > 1e-4
+        np.testing.assert_allclose(logprobs.numpy(), np.log(p)[ids.numpy()], atol=1e-5)
+        assert entropy is not None
+        np.testing.assert_allclose(entropy.numpy(), -(p * np.log(p)).sum(), atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=60), st.floats(0, 1, exclude_max=True), st.floats(0.05, 1.0))
+def test_a_token_without_mass_is_never_drawn(values, u, top_p):
+    logits = torch.tensor([values])
+    ids, logprobs, _ = sample_tokens(logits, torch.ones(1), torch.tensor([top_p]), torch.tensor([u], dtype=torch.float64), False)
+    p = torch.softmax(logits.double(), -1)[0]
+    order = p.argsort(descending=True, stable=True)
+    before = p[order].cumsum(0) - p[order]
+    rank = int((order == ids[0]).nonzero())
+    assert before[rank] < top_p + 1e-6
+    assert torch.isfinite(logprobs).all()
+
+
+def test_an_extreme_uniform_stays_inside_the_support():
+    logits = torch.tensor([[0.0, 1.0, -200.0, -200.0]])
+    u = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    ids, _, _ = sample_tokens(logits, torch.ones(1), torch.ones(1), u, False)
+    assert int(ids) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_logprobs_and_entropies_equal_a_plain_float64_forward(ready, temperature):
+    backend, engine, _ = ready
+    prompt = [5, 9, 30, 11]
+    got = generate(engine, [(prompt, 5, sampling(temperature=temperature))])[0]
+    policy = backend.policy
+    for completion in got:
+        ids = torch.tensor([[*prompt, *completion.token_ids_T]])
+        with torch.no_grad(), policy.mode("adapter"):
+            logits = policy.model(input_ids=ids, use_cache=False).logits[0].double() / temperature
+        logprobs = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
+        picked = logprobs.gather(1, ids[0, len(prompt) :, None]).squeeze(1).numpy()
+        np.testing.assert_allclose(completion.logprobs_T, picked, atol=2e-5)
+        np.testing.assert_allclose(completion.entropies_T, -(logprobs.exp() * logprobs).sum(-1).numpy(), atol=1e-4)
+        assert completion.weights_version == 1
+
+
+def test_samples_do_not_depend_on_batching_order_or_prefill_sharing(ready, make_config):
+    backend, engine, renderer = ready
+    prompts = [[5, 9, 30], [8, 8, 8, 8, 20, 21], [4], [60, 61, 62, 63, 64, 65, 66]]
+    requests = [(p, 3, sampling(noise=NoiseKey(7, 3, i))) for i, p in enumerate(prompts)]
+    together = generate(engine, requests)
+    backwards = generate(engine, requests[::-1])[::-1]
+    alone = [generate(engine, [r])[0] for r in requests]
+    member = generate(engine, [(prompts[1], 1, sampling(noise=NoiseKey(7, 3, 1, member=2)))])[0][0]
+    np.testing.assert_array_equal(member.token_ids_T, together[1][2].token_ids_T)
+    config = make_config(inference={"prefix_caching": False, "max_rows": 4})
+    other = torch_engine.build(config, renderer)
+    other.load(backend.publish())
+    separate = generate(other, requests)
+    other.close()
+    for variant in (backwards, alone, separate):
+        for group, same in zip(together, variant, strict=True):
+            for a, b in zip(group, same, strict=True):
+                np.testing.assert_array_equal(a.token_ids_T, b.token_ids_T)
+                np.testing.assert_allclose(a.logprobs_T, b.logprobs_T, atol=1e-5)
+
+
+def test_the_same_request_twice_is_byte_equal(ready):
+    _, engine, _ = ready
+    requests = [([5, 9, 30, i], 4, sampling(noise=NoiseKey(7, 3, i))) for i in range(5)]
+    first, second = generate(engine, requests), generate(engine, requests)
+    for a, b in zip((c for g in first for c in g), (c for g in second for c in g), strict=True):
+        assert a.logprobs_T.tobytes() == b.logprobs_T.tobytes()
+
+
+def test_a_position_offset_continues_the_same_noise(ready):
+    _, engine, _ = ready
+    whole = generate(engine, [([5, 9], 1, sampling(max_tokens=6, stop_ids=()))])[0][0]
+    start, rest = whole.token_ids_T[:2], whole.token_ids_T[2:]
+    again = generate(engine, [([5, 9, *start], 1, sampling(max_tokens=4, stop_ids=(), noise=NoiseKey(7, 3, 0, position=2)))])[0][0]
+    np.testing.assert_array_equal(rest, again.token_ids_T)
+
+
+def test_stop_reasons(ready):
+    _, engine, renderer = ready
+    free = generate(engine, [([5, 9], 1, sampling(stop_ids=(), max_tokens=12))])[0][0]
+    assert free.stop == "length"
+    assert len(free.token_ids_T) == 12
+    end = int(free.token_ids_T[4])
+    first = int(np.argmax(free.token_ids_T == end))
+    ended = generate(engine, [([5, 9], 1, sampling(stop_ids=(end,), max_tokens=12))])[0][0]
+    assert ended.stop == "stop"
+    assert ended.token_ids_T.tolist() == free.token_ids_T[: first + 1].tolist()
+    text = renderer.decode(free.token_ids_T)
+    word = next(c for c in text if c.isascii() and c.isprintable())
+    texted = generate(engine, [([5, 9], 1, sampling(stop_ids=(), stop=(word,), max_tokens=12))])[0][0]
+    assert texted.stop == "stop"
+    assert word in renderer.decode(texted.token_ids_T)
+    assert word not in renderer.decode(texted.token_ids_T[:-1])
+
+
+def test_a_hostile_generation_config_changes_nothing(make_config, random_model):
+    hostile = {"top_k": 2, "repetition_penalty": 1.5, "temperature": 0.1, "top_p": 0.3, "do_sample": True}
+    outputs = []
+    for generation in (None, hostile):
+        model = str(random_model(scale=2.0, generation=generation))
+        config, renderer, backend, engine = pair(make_config, model={"model": model})
+        engine.load(backend.publish())
+        got = generate(engine, [([5, 9, 30], 64, sampling(stop_ids=(), max_tokens=3))])[0]
+        outputs.append(np.stack([c.token_ids_T for c in got]))
+        if generation:
+            assert renderer.ignored_generation_settings["top_k"] == 2
+        engine.close()
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert len(set(outputs[1][:, 0].tolist())) > 2
+
+
+def test_a_sampler_that_is_not_the_trained_policy_is_refused(ready):
+    backend, engine, _ = ready
+    shake(backend, seed=3)
+    weights = backend.publish()
+    stale = replace(weights, canary=replace(weights.canary, logprobs_T=weights.canary.logprobs_T + 0.05))
+    with pytest.raises(EngineError, match="not the trained policy"):
+        engine.load(stale)
+
+
+def test_merging_and_training_leave_the_base_untouched(ready):
+    backend, engine, _ = ready
+    before = backend.policy.base_checksum()
+    shake(backend, seed=4)
+    engine.load(backend.publish())
+    generate(engine, [([5, 9], 2, sampling())])
+    assert backend.policy.base_checksum() == before
+
+
+def test_an_error_in_the_engine_thread_reaches_the_caller(ready):
+    _, engine, _ = ready
+    with pytest.raises(IndexError):
+        generate(engine, [([10**6], 1, sampling())])

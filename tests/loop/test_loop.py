@@ -1,0 +1,244 @@
+"""The loop with fakes: it learns, accounts for every task, survives what it should and stops where it must."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from retrain.algorithms import credit
+from retrain.errors import LearnerError, RewardError, RunError
+from retrain.fakes import FakeBackend, FakeEngine, FakeRenderer, FakeReward, FakeSink, FakeTasks
+from retrain.environments.single_turn import build as single_turn
+from retrain.tracking.run_log import RunLog
+from retrain.training.build import sampling_of
+from retrain.training.checkpoint import Checkpoints
+from retrain.training.evaluate import Evaluator
+from retrain.training.loop import Parts, train
+from retrain.training.rollout import EventLoop
+from retrain.types import Score
+
+
+@pytest.fixture
+def make_parts(tmp_path):
+    opened = []
+
+    def make(config, *, directory="run", **changes):
+        renderer = FakeRenderer()
+        run = tmp_path / directory
+        sink = FakeSink()
+        log = RunLog(run, renderer, [sink], generations=4, rollouts=True)
+        events = EventLoop()
+        parts = Parts(
+            backend=FakeBackend(positions=2),
+            engine=FakeEngine(),
+            environment=single_turn(config, renderer),
+            reward=FakeReward(),
+            tasks=FakeTasks(),
+            algorithm=credit.build(config, renderer),
+            schedule=credit.build_schedule(config),
+            sampling=sampling_of(config, renderer, temperature=1.0),
+            evaluator=None,
+            checkpoints=Checkpoints(run, keep=2),
+            log=log,
+            events=events,
+            facts={"device": "fake"},
+        )
+        for name, value in changes.items():
+            setattr(parts, name, value)
+        opened.append((log, events))
+        parts.sink = sink if hasattr(parts, "__dict__") else None
+        return parts, run, sink
+
+    yield make
+    for log, events in opened:
+        log.close()
+        events.close()
+
+
+@pytest.fixture
+def config(make_config):
+    return make_config(training={"max_steps": 30, "batch_size": 4, "group_size": 16, "max_tokens": 2, "save_every": 10, "lr": 1e-2})
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_fake_policy_really_learns(config, make_parts):
+    parts, run, sink = make_parts(config)
+    assert train(config, parts, threading.Event()) == "done"
+    rows = rows_of(run)
+    assert [r["step"] for r in rows] == list(range(30))
+    first, last = np.mean([r["correct_rate"] for r in rows[:5]]), np.mean([r["correct_rate"] for r in rows[-5:]])
+    assert first < 0.2
+    assert last > 0.8
+    assert len(sink.rows) == 30
+
+
+def test_every_task_is_accounted_for(config, make_parts):
+    parts, run, _ = make_parts(config)
+    train(config, parts, threading.Event())
+    steps = [json.loads(line) for line in (run / "emergence/steps.jsonl").read_text().splitlines()]
+    draws = [t["draw"] for s in steps for t in s["tasks"]]
+    assert draws == list(range(30 * 4))
+    assert {t["outcome"] for s in steps for t in s["tasks"]} <= {"trained", "dropped"}
+    assert all(bool(t["why"]) == (t["outcome"] == "dropped") for s in steps for t in s["tasks"])
+    generations = [json.loads(line) for line in (run / "emergence/generations.jsonl").read_text().splitlines()]
+    assert len(generations) == 30 * 4
+    stored = np.load(run / "rollouts/step_000003.npz", allow_pickle=False)
+    assert len(stored["rewards"]) == 64
+    assert stored["offsets"][-1] == len(stored["token_ids"])
+
+
+def test_checkpoints_keep_the_newest_and_name_completed_steps(config, make_parts):
+    parts, run, _ = make_parts(config)
+    train(config, parts, threading.Event())
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_000020", "step_000030"]
+    assert json.loads((run / "trainer_state.json").read_text())["checkpoint"] == "checkpoints/step_000030"
+
+
+def test_a_step_without_signal_counts_logs_saves_and_advances(config, make_parts):
+    class Nothing(FakeReward):
+        async def score(self, task, rollouts_G):
+            return [Score(0.0, False) for _ in rollouts_G]
+
+    short = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 3, "save_every": 1})})
+    parts, run, _ = make_parts(short, reward=Nothing())
+    assert train(short, parts, threading.Event()) == "done"
+    rows = rows_of(run)
+    assert [r["num_datums"] for r in rows] == [0, 0, 0]
+    assert all(r["loss"] is None and r["skipped_all_wrong"] == 4 for r in rows)
+    assert parts.backend.version == 0
+    assert (run / "checkpoints/step_000003").is_dir()
+
+
+def test_a_few_failed_rewards_are_masked_and_counted(config, make_parts):
+    class Shaky(FakeReward):
+        async def score(self, task, rollouts_G):
+            scores = await super().score(task, rollouts_G)
+            return [Score.failed("broke"), *scores[1:]]
+
+    parts, run, _ = make_parts(config, reward=Shaky())
+    train(config, parts, threading.Event())
+    rows = rows_of(run)
+    assert all(r["reward_error_rate"] == pytest.approx(1 / 16) for r in rows)
+    assert rows[-1]["correct_rate"] > 0.8
+
+
+def test_too_many_failed_rewards_end_the_run_with_a_checkpoint(config, make_parts):
+    class Broken(FakeReward):
+        calls = 0
+
+        async def score(self, task, rollouts_G):
+            Broken.calls += 1
+            if Broken.calls > 8:
+                return [Score.failed("ZeroDivisionError: division by zero") for _ in rollouts_G]
+            return await super().score(task, rollouts_G)
+
+    parts, run, _ = make_parts(config, reward=Broken())
+    with pytest.raises(RewardError, match="ZeroDivisionError"):
+        train(config, parts, threading.Event())
+    path, state = parts.checkpoints.newest()
+    assert path.name == "step_000002"
+    assert state["tasks"]["draw"] == 8
+    assert len(rows_of(run)) == 2
+
+
+def test_three_skipped_updates_in_a_row_end_the_run(config, make_parts):
+    class Sick(FakeBackend):
+        def train_step(self, batch, optim):
+            return replace(super().train_step(batch, replace(optim, lr=0.0)), loss=None, update_skipped="the loss is nan")
+
+    parts, _, _ = make_parts(config, backend=Sick(positions=2))
+    with pytest.raises(LearnerError, match="3 updates in a row"):
+        train(config, parts, threading.Event())
+    assert parts.checkpoints.newest()[1]["step"] == parts.counters.step
+    assert parts.counters.skipped_updates == 3
+
+
+def test_stop_ends_after_the_present_step_and_saves(config, make_parts):
+    stop = threading.Event()
+
+    class Stopping(FakeReward):
+        calls = 0
+
+        async def score(self, task, rollouts_G):
+            Stopping.calls += 1
+            if Stopping.calls == 5:
+                stop.set()
+            return await super().score(task, rollouts_G)
+
+    parts, run, _ = make_parts(config, reward=Stopping())
+    assert train(config, parts, stop) == "interrupted"
+    assert len(rows_of(run)) == 2
+    assert parts.checkpoints.newest()[1]["step"] == 2
+
+
+def test_a_phase_that_hangs_is_named(config, make_parts):
+    import asyncio
+
+    class Hanging(FakeReward):
+        async def score(self, task, rollouts_G):
+            await asyncio.sleep(60)
+            return []
+
+    quick = config.model_copy(update={"training": config.training.model_copy(update={"phase_timeout_s": 0.3})})
+    parts, _, _ = make_parts(quick, reward=Hanging())
+    with pytest.raises(RunError, match="scoring took longer than training.phase_timeout_s"):
+        train(quick, parts, threading.Event())
+
+
+def test_a_sink_that_fails_late_only_warns(config, make_parts, caplog):
+    parts, run, sink = make_parts(config)
+
+    def broken(step, metrics):
+        raise OSError("disk full")
+
+    sink.log = broken
+    with caplog.at_level("WARNING", logger="retrain"):
+        assert train(config, parts, threading.Event()) == "done"
+    assert len(rows_of(run)) == 30
+    assert sum("FakeSink failed" in r.message for r in caplog.records) == 1
+
+
+def test_evaluation_is_repeatable_due_when_said_and_kept_as_best(config, make_parts):
+    due = config.model_copy(update={"eval": config.eval.model_copy(update={"every": 10})})
+    parts, run, _ = make_parts(due)
+    tasks = tuple(FakeTasks().take(3))
+    parts.evaluator = Evaluator(tasks, 8, parts.sampling, 0, None, "fake/test")
+    train(due, parts, threading.Event())
+    evaluations = [r for r in rows_of(run) if "eval/accuracy" in r]
+    assert [r["step"] for r in evaluations] == [0, 10, 20, 30]
+    last = evaluations[-1]
+    assert last["eval/accuracy"] > evaluations[0]["eval/accuracy"] + 0.5
+    assert last["eval/accuracy_low"] <= last["eval/accuracy"] <= last["eval/accuracy_high"]
+    assert last["eval/pass@8"] >= last["eval/pass@1"] == pytest.approx(last["eval/accuracy"])
+    again = parts.evaluator.run(parts.events, parts.environment, parts.reward, parts.engine, deadline_s=60)
+    assert again["eval/accuracy"] == last["eval/accuracy"]
+    best = json.loads((run / "trainer_state.json").read_text())["best"]
+    assert "selected on evaluation data" in best["note"]
+
+
+def test_fakes_resume_to_the_same_bytes(config, make_parts):
+    whole, run_a, _ = make_parts(config, directory="a")
+    train(config, whole, threading.Event())
+    short = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 10})})
+    first, run_b, _ = make_parts(short, directory="b")
+    train(short, first, threading.Event())
+    first.log.close()
+    second, _, _ = make_parts(config, directory="b")
+    path, state = second.checkpoints.newest()
+    second.backend.restore(path)
+    for name, part in second.stateful.items():
+        part.load_state_dict(state[name])
+    train(config, second, threading.Event())
+    np.testing.assert_array_equal(whole.backend.table, second.backend.table)
+
+    def timeless(run):
+        return [{k: v for k, v in r.items() if not k.endswith("_s") and k != "tokens_per_second"} for r in rows_of(run)]
+
+    assert timeless(run_a) == timeless(run_b)
