@@ -1,4 +1,4 @@
-"""One question, one answer: a prompt is rendered once, and each member of the group is one completion of it."""
+"""One question, one answer: a prompt is rendered once, and each group member is one completion."""
 
 from __future__ import annotations
 
@@ -36,10 +36,8 @@ class SingleTurn:
         if len(prompt) == 0:
             return self._failed(task, members, "the prompt renders to no tokens")
         if self._context_length is not None and len(prompt) >= self._context_length:
-            context = self._context_length
-            return self._failed(
-                task, n, f"the prompt's {len(prompt)} tokens fill the model's context of {context}"
-            )
+            room = f"the prompt's {len(prompt)} tokens fill the model's context of {self._context_length}"
+            return self._failed(task, members, room)
         completions = await engine.generate(prompt, n, sampling)
         if len(completions) != n:
             raise RuntimeError(f"the engine returned {len(completions)} completions instead of {n}")
