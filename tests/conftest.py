@@ -32,29 +32,48 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A maker of folders with a random Qwen3 model and the embedded (or another) tokenizer."""
+    """A maker of folders with a random Qwen3 model and a byte (or another) tokenizer."""
+    import json
     import shutil
 
     import torch
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from retrain.renderer import model_path
+    specials = ["<|pad|>", "<|end|>"]
+
+    def byte_tokenizer(folder: Path) -> None:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        made = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*specials, *alphabet])}, merges=[]))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        made.add_special_tokens(specials)
+        made.save(str(folder / "tokenizer.json"))
+        facts = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "pad_token": "<|pad|>",
+            "chat_template": "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+        }  # fmt: skip
+        (folder / "tokenizer_config.json").write_text(json.dumps(facts))
 
     def make(
         *, hidden: int = 64, layers: int = 2, heads: int = 2, kv_heads: int = 1, head_dim: int = 32, vocab: int = 0, seed: int = 0,
         tokenizer: Path | None = None, generation: dict[str, Any] | None = None, scale: float = 1.0,
     ) -> Path:  # fmt: skip
         folder = tmp_path_factory.mktemp("model")
-        source = tokenizer or Path(model_path("retrain/tiny"))
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            if (source / name).exists():
-                shutil.copy(source / name, folder / name)
-        loaded = AutoTokenizer.from_pretrained(str(source))
+        if tokenizer is None:
+            byte_tokenizer(folder)
+        else:
+            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                if (tokenizer / name).exists():
+                    shutil.copy(tokenizer / name, folder / name)
+        loaded = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        eos, pad = loaded.token_to_id(settings["eos_token"]), loaded.token_to_id(settings["pad_token"])
         torch.manual_seed(seed)
         config = Qwen3Config(
-            vocab_size=vocab or len(loaded), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+            vocab_size=vocab or loaded.get_vocab_size(), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=4096,
-            tie_word_embeddings=True, bos_token_id=None, eos_token_id=loaded.eos_token_id, pad_token_id=loaded.pad_token_id,
+            tie_word_embeddings=True, bos_token_id=None, eos_token_id=eos, pad_token_id=pad,
         )  # fmt: skip
         model = Qwen3ForCausalLM(config)
         with torch.no_grad():
@@ -62,8 +81,6 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
                 p.mul_(scale)
         model.save_pretrained(folder)
         if generation is not None:
-            import json
-
             path = folder / "generation_config.json"
             facts = json.loads(path.read_text()) if path.exists() else {}
             path.write_text(json.dumps({**facts, **generation}))
@@ -75,7 +92,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., Any]:
     """A maker of configurations: the tiny template's essentials, changed by ``section={key: value}``."""
-    from retrain.config.load import load_config
+    from retrain.config.schema import Config
 
     def make(**sections: dict[str, Any]) -> Any:
         base: dict[str, dict[str, Any]] = {
@@ -91,6 +108,6 @@ def make_config() -> Callable[..., Any]:
         }
         for name, values in sections.items():
             base[name] = {**base.get(name, {}), **values}
-        return load_config(base)
+        return Config.model_validate(base)
 
     return make

@@ -260,6 +260,13 @@ class Policy:
                 torch.add(layer.base.weight, layer.delta(), out=layer.merged)
         return True
 
+    def recompute_activations(self) -> None:
+        """Trade time for memory: recompute activations in the backward pass of a training-mode forward."""
+        model = self.model
+        # Renamed within transformers 5; the old name warns.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
     def hidden(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, **kwargs: Any) -> Any:
         """Backbone output for (B, T) ids; ``last_hidden_state`` is (B, T, H)."""
         return self.backbone(input_ids=ids_BT, attention_mask=mask_BT, **kwargs)
@@ -349,14 +356,15 @@ class Policy:
 
 def _attach(model: Any, lora: Any, seed: int, mode: _Mode) -> tuple[dict[str, AdaptedLinear], dict[str, nn.Parameter]]:
     """Let PEFT place and initialise the adapter, then put our forward in place of its layers."""
-    from peft import PeftModel
+    from peft import inject_adapter_in_model
     from peft.tuners.lora.layer import Linear as PeftLinear
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # PEFT draws A on the CPU only for CPU modules; drawing there keeps one seed one adapter on every device.
-        wrapped: Any = PeftModel(model, lora, autocast_adapter_dtype=True)
-        modules = {n: m for n, m in wrapped.named_modules() if isinstance(m, PeftLinear)}
+        inject_adapter_in_model(lora, model)
+        modules = {n: m for n, m in model.named_modules() if isinstance(m, PeftLinear)}
+        # PEFT draws A in the module's dtype and on its device; drawing float32 on the CPU keeps one seed one
+        # adapter everywhere.
         for module in modules.values():
             a: torch.Tensor = module.lora_A["default"].weight
             fresh = torch.empty(a.shape, dtype=torch.float32)
@@ -369,11 +377,11 @@ def _attach(model: Any, lora: Any, seed: int, mode: _Mode) -> tuple[dict[str, Ad
         a_weight, b_weight = module.lora_A["default"].weight, module.lora_B["default"].weight
         layer = AdaptedLinear(module.base_layer, a_weight, b_weight, float(module.scaling["default"]), mode)
         parent, _, leaf = name.rpartition(".")
-        setattr(wrapped.get_submodule(parent), leaf, layer)
+        setattr(model.get_submodule(parent), leaf, layer)
         layers[name] = layer
         for part, weight in (("lora_A", a_weight), ("lora_B", b_weight)):
             weight.requires_grad_(True)
-            adapter[f"{name}.{part}.weight"] = weight
+            adapter[f"base_model.model.{name}.{part}.weight"] = weight
     return layers, dict(sorted(adapter.items()))
 
 

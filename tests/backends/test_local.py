@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -24,12 +25,12 @@ OPTIM = OptimStep(1e-3, 0.0, 0.9, 0.95, 1e-8, 1.0)
 def make_backend(make_config, random_model):
     made = []
 
-    def make(model=None, **sections):
-        if model is None:
+    def make(folder=None, rank=4, **sections):
+        if folder is None:
             if not made:
                 made.append(str(random_model(scale=2.0)))
-            model = made[0]
-        config = make_config(**{**sections, "model": {"model": model, "lora_rank": 4, **sections.get("model", {})}})
+            folder = made[0]
+        config = make_config(**sections, model={"model": folder, "lora_rank": rank})
         backend = local.build(config, None)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
@@ -41,7 +42,7 @@ def make_backend(make_config, random_model):
     return make
 
 
-def make_batch(seed=0, rows=12, temperature=0.7, vocab=300, off_policy=0.1, backend=None):
+def make_batch(seed=0, rows=12, temperature=0.7, vocab=250, off_policy=0.1, backend=None):
     """Rows of mixed lengths, some with unsampled tokens in the middle, old logprobs near the policy's."""
     rng = np.random.default_rng(seed)
     made = []
@@ -147,7 +148,7 @@ def test_checkpointing_gives_the_same_gradient(make_backend):
     batch = make_batch(backend=backend)
     _, expected = flat_gradient(backend, batch)
     backend._plan = replace(backend._plan, checkpointing=True)
-    backend.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    backend.policy.recompute_activations()
     _, gradient = flat_gradient(backend, batch)
     assert distance(gradient, expected) <= 1e-6
 
@@ -225,10 +226,10 @@ def test_save_and_restore_continue_the_very_same_steps(make_backend, tmp_path):
 def test_the_adapter_of_another_model_is_refused_by_name(make_backend, random_model, tmp_path):
     backend = make_backend()
     backend.save(tmp_path)
-    other = make_backend(model=str(random_model(hidden=128)))
+    other = make_backend(folder=str(random_model(hidden=128)))
     with pytest.raises(ResumeError, match="does not fit this model"):
         other.restore(tmp_path)
-    wider = make_backend(model={"lora_rank": 8})
+    wider = make_backend(rank=8)
     with pytest.raises(ResumeError, match="has shape"):
         wider.restore(tmp_path)
 
@@ -242,7 +243,10 @@ def test_the_saved_adapter_is_what_peft_itself_computes(make_backend, tmp_path):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(config["target_modules"])
     base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
-    theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    with warnings.catch_warnings():
+        # PEFT still asks transformers for an attribute by its old name.
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad(), backend.policy.mode("adapter"):
         ours = backend.policy.model(input_ids=ids).logits

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,17 @@ class LocalBackend:
     def capabilities(self) -> Capabilities:
         """Everything the loop can ask for."""
         return Capabilities(loop=True, token_advantages=True, resume=True, reports_loss=True)
+
+    def facts(self) -> dict[str, str]:
+        """Device, thread count and whether CUDA kernels are held to deterministic ones."""
+        device = self.policy.device
+        cuda = device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+            "threads": str(torch.get_num_threads()),
+            "dtype": str(self.policy.dtype).removeprefix("torch."),
+            "deterministic": "yes" if not cuda or torch.are_deterministic_algorithms_enabled() else "no",
+        }
 
     def publish(self) -> SharedWeights:
         """The live policy with its version (completed updates), fingerprint and canary."""
@@ -134,7 +146,7 @@ class LocalBackend:
             bound = max(longest, self._config.training.max_tokens)
             self._plan = MemoryPlan.for_model(policy.model.config, policy.device, policy.dtype, policy.parameters_total, bound)
             if self._plan.checkpointing:
-                self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+                self.policy.recompute_activations()
         return self._plan
 
     def _microbatch(
@@ -212,7 +224,7 @@ class LocalBackend:
         if facts["memory_plan"]:
             self._plan = MemoryPlan(*facts["memory_plan"])
             if self._plan.checkpointing:
-                self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+                self.policy.recompute_activations()
 
     def close(self) -> None:
         """Drop gradients; the model goes with the object."""
@@ -221,6 +233,9 @@ class LocalBackend:
 
 def build(config: Config, renderer: Renderer) -> LocalBackend:
     """Load the model and adapter that the configuration names."""
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     policy = load_policy(config, seed=config.training.seed)
     policy.merge()
     return LocalBackend(policy, config)
