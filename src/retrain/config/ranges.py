@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from retrain.config.names import ALIASES
 
 
 def _as_tuple(value: object) -> object:
@@ -23,6 +25,10 @@ def _json_table(value: object) -> object:
         return json.loads(value) if value.strip() else {}
     except (ValueError, RecursionError) as error:
         raise ValueError("must be a table or a JSON object; this text is not valid JSON") from error
+
+
+def _canonical_uncertainty(value: str) -> str:
+    return ALIASES["uncertainty"].get(value, value)
 
 
 AsTuple = BeforeValidator(_as_tuple)
@@ -54,6 +60,7 @@ Levels: TypeAlias = Annotated[tuple[Level, ...], AsTuple, Field(min_length=1)]
 LevelsOrInherited: TypeAlias = Annotated[tuple[Level, ...], AsTuple]
 Ranks: TypeAlias = Annotated[tuple[Rank, ...], AsTuple]
 Rates: TypeAlias = Annotated[tuple[PositiveShare, ...], AsTuple]
+Uncertainty: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_canonical_uncertainty)]
 Table: TypeAlias = dict[str, Any]
 TableOrJson: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_json_table)]
 Tables: TypeAlias = Annotated[tuple[dict[str, Any], ...], AsTuple]

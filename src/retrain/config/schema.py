@@ -38,6 +38,7 @@ from retrain.config.ranges import (
     TableOrJson,
     Tables,
     Temperature,
+    Uncertainty,
     Weight,
 )
 
@@ -96,7 +97,7 @@ class Algorithm(Section):
         default="gtpo_sepa", description="Credit of single tokens: none, gtpo, gtpo_hicra or gtpo_sepa."
     )
     algorithm_mode: str = Field(default="", description="One algorithm in place of both modes; empty: none.")
-    uncertainty_kind: Name = Field(
+    uncertainty_kind: Uncertainty = Field(
         default="surprisal", description="Uncertainty: surprisal, predictive_variance or shannon_entropy."
     )
     params: Table = Field(default_factory=dict, description="Parameters of algorithm_mode.")
