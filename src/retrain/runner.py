@@ -54,6 +54,8 @@ def execute(
     stop = stop or threading.Event()
     place = preflight.choose_directory(config, overwrite=overwrite, fork=fork)
     preflight.check_writable(place.directory)
+    # Made absolute, so that the recorded configuration finds the same plug-ins from any folder.
+    config = _with(config, "plugins", search_paths=tuple(str(p.resolve()) for p in loaded.search_paths))
     plugins.add_search_paths(loaded.search_paths)
     with _logging(place.directory, debug=debug):
         if place.note:
