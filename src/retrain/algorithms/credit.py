@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from retrain.algorithms.planning import parse_grams
 from retrain.algorithms.sepa import SepaSchedule
 from retrain.algorithms.transforms import PARAMETERS, SEPA_TRANSFORMS, surprisal
 from retrain.config import names
-from retrain.errors import ConfigError, PluginError, RewardError
+from retrain.errors import ConfigError, NotInThisVersion, PluginError, RewardError
 from retrain.protocols import AdvantageFn, Detector, Float64Array, Renderer, TokenTransform, UncertaintyFn
 from retrain.types import (
     BoolArray,
@@ -34,6 +34,9 @@ from retrain.types import (
     SkipReason,
     StepStats,
 )
+
+if TYPE_CHECKING:
+    from retrain.config.schema import Config
 
 Offsets: TypeAlias = Callable[[IntArray], tuple[str, list[tuple[int, int]]]]
 """Token ids -> their text and the half-open character range of each token in it."""
@@ -254,7 +257,7 @@ class CreditStats:
 
     @property
     def metrics(self) -> dict[str, float | int | None]:
-        """correct_rate, skipped_*, entropy_mean, {exec,plan}_{surprisal,entropy}_{mean,var} for metrics.jsonl.
+        """correct_rate, skipped_*, entropy_mean, {exec,plan}_{surprisal,entropy}_{mean,var}.
 
         Null where there was nothing to average.
         """
@@ -318,13 +321,23 @@ def _valid_members(
 # From a configuration to an algorithm and its schedule.
 
 
-def build(config: Any, renderer: Renderer) -> Algorithm:
+def build(config: Config, renderer: Renderer) -> Algorithm:
     """Resolve [algorithm], [gtpo], [hicra], [planning] and ``logging.strategic_grams`` to an algorithm.
 
     PluginError for a name that cannot be loaded, ConfigError for a parameter that nothing reads or that is
     not a finite number where one is needed.
     """
     section = config.algorithm
+    if section.algorithm_mode:
+        raise NotInThisVersion(
+            f"algorithm.algorithm_mode = {section.algorithm_mode!r} is not in this version.",
+            fix="set advantage_mode and transform_mode instead.",
+        )
+    if section.params:
+        raise ConfigError(
+            f"algorithm.params sets {', '.join(section.params)}, which only an algorithm_mode reads.",
+            fix="move it to algorithm.advantage_params or algorithm.transform_params.",
+        )
     advantage_name, transform_name = str(section.advantage_mode), str(section.transform_mode)
     kind = str(section.uncertainty_kind)
     uncertainty_name = names.ALIASES["uncertainty"].get(kind, kind)
@@ -352,7 +365,7 @@ def build(config: Any, renderer: Renderer) -> Algorithm:
     )
 
 
-def build_schedule(config: Any) -> SepaSchedule:
+def build_schedule(config: Config) -> SepaSchedule:
     """SEPA's schedule from [sepa]; inactive (lambda 0 throughout) for a transform that does not read lambda.
 
     A transform of one's own asks for the schedule with an attribute ``uses_sepa = True``.
@@ -367,8 +380,7 @@ def build_schedule(config: Any) -> SepaSchedule:
         ema_decay=section.ema_decay,
         threshold=section.threshold,
         warmup_updates=section.warmup_updates,
-        active=name in SEPA_TRANSFORMS
-        or (plugins.is_dotted(name) and bool(getattr(plugins.load("transform", name), "uses_sepa", False))),
+        active=name in SEPA_TRANSFORMS or bool(getattr(plugins.load("transform", name), "uses_sepa", False)),
     )
 
 
@@ -386,8 +398,8 @@ def _with_params(function: Any, name: str, params: Mapping[str, Any]) -> Advanta
     return partial(function, **params) if params else function
 
 
-def _transform_params(config: Any, name: str) -> Mapping[str, Any]:
-    own: dict[str, Any] = {**config.algorithm.params, **config.algorithm.transform_params}
+def _transform_params(config: Config, name: str) -> Mapping[str, Any]:
+    own = dict(config.algorithm.transform_params)
     params: dict[str, Any] = {"beta": config.gtpo.beta, "alpha": config.hicra.alpha, **own}
     known = PARAMETERS.get(name)
     if known is None:
