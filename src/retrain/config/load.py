@@ -143,9 +143,7 @@ def _read(source: Source) -> tuple[dict[str, Any], dict[KeyPath, Origin], Path |
     try:
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{path}: not valid TOML: {_toml_message(error)}", fix="correct that place."
-        ) from error
+        raise _not_toml(path, error) from error
     lines = line_numbers(text)
     origins = {
         p: Origin("file", f"{path}:{lines[p]}" if p in lines else str(path), lines.get(p, 0))

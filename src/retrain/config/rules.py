@@ -273,7 +273,7 @@ def _data(config: Config) -> Iterator[Problem]:
 
 @dataclass(frozen=True, slots=True)
 class _Idle:
-    """Settings that do nothing while ``when`` holds; ``refuse`` makes other values than the default an error."""
+    """Settings that do nothing while ``when`` holds; ``refuse`` makes a value but the default an error."""
 
     keys: tuple[str, ...]
     when: Callable[[Config], bool]
