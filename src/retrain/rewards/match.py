@@ -18,7 +18,7 @@ _MARKS = re.compile(
 )
 # What a box without braces holds: a number, a command with its arguments, or one letter.
 _BARE = re.compile(
-    r"[-+]?(?:\d|\.\d)[\d.,/:]*%?|[-+]?\\[A-Za-z]+\d*(?:\{[^{}]*\})*|[A-Za-z](?![A-Za-z])",
+    r"[-+]?(?:\d|\.\d)[\d.,/:]*%?|[-+]?\\(?!boxed|fbox)[A-Za-z]+\d*(?:\{[^{}]*\})*|[A-Za-z](?![A-Za-z])",
 )
 
 
