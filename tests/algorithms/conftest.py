@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from retrain.algorithms import advantages, transforms
 from retrain.algorithms.credit import Algorithm
@@ -14,9 +15,13 @@ from retrain.algorithms.planning import RegexDetector
 from retrain.types import IntArray, Message, Rollout, Score, ScoredGroup, Task
 
 PIECES = (
-    "<prompt>", "<end>", "wa", "it", ",", " let", " me", " the", " sum", " is", " 12", "\n", "that", "'", "s", " not",
-    " ri", "ght", " so",
+    "<prompt>", "<end>", "wa", "it", ",", " let", " me", " the", " sum", " is", " 12", "\n", "that", "'", "s",
+    " not", " ri", "ght", " so",
 )  # fmt: skip
+# The same examples in every run, and no clock: machines that are busy are slow, not wrong.
+settings.register_profile("retrain", deadline=None, derandomize=True, database=None)
+settings.load_profile("retrain")
+
 END = PIECES.index("<end>")
 
 

@@ -1,4 +1,4 @@
-"""Episode advantages against naive float64 loops, on the cases the formulas are known by, and as properties."""
+"""Episode advantages against naive float64 loops, on known cases of the formulas, and as properties."""
 
 from __future__ import annotations
 

@@ -80,9 +80,12 @@ def test_what_built_in_transforms_read_is_known_for_all_of_them() -> None:
 
 def test_settings_reach_their_pieces() -> None:
     got = build_of(
-        gtpo={"beta": 0.5}, hicra={"alpha": 0.0}, reward={"correct_at": 3.0}, logging={"strategic_grams": "hold on"},
+        gtpo={"beta": 0.5},
+        hicra={"alpha": 0.0},
+        reward={"correct_at": 3.0},
+        logging={"strategic_grams": "hold on"},
         algorithm={"transform_params": {"beta": 2.0}},
-    )  # fmt: skip
+    )
     assert got.params == {"beta": 2.0, "alpha": 0.0}
     assert got.correct_at == 3.0
     assert got.detector.grams == ("hold on",)

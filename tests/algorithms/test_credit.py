@@ -225,7 +225,7 @@ def spoil(value: float, where: int) -> Callable[[list[np.ndarray]], Any]:
         ({"transform": group_wide(lambda a: [x > 0 for x in a])}, "transform 'mine' returned bool"),
         ({"transform": group_wide(spoil(math.nan, -1))}, "transform 'mine' .*not finite"),
         ({"transform": group_wide(spoil(1.0, 0))}, "transform 'mine' .*not sampled"),
-        ({"transform": group_wide(lambda a: [x.astype(np.float64) * 1e40 for x in a])}, "transform 'mine' .*not finite"),
+        ({"transform": group_wide(lambda a: [np.float64(1e40) + x for x in a])}, "transform .mine. .*finite"),
         ({"uncertainty": lambda r: np.zeros(2, np.float32)}, "uncertainty 'mine' returned shape"),
         ({"uncertainty": lambda r: np.where(r.sampled_T, np.inf, np.nan)}, "uncertainty 'mine' .*not finite"),
         ({"uncertainty": lambda r: np.zeros(len(r.sampled_T))}, "uncertainty 'mine' must be NaN"),

@@ -1,10 +1,12 @@
-"""The regex detector: what matches, and that exactly the overlapping tokens are marked, on toy and real tokens."""
+"""The regex detector: what matches, and that exactly the overlapping tokens are marked, toy and real."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,7 +132,7 @@ def test_marks_equal_a_naive_search(parts: list[str], cuts: list[int]) -> None:
     text = "".join(parts)
     grams = ("a b", "b", "b a b", "aa")
     edges = sorted({0, len(text), *(c for c in cuts if c < len(text))})
-    offsets = [*zip(edges, edges[1:], strict=False), (0, 0)]
+    offsets = [*itertools.pairwise(edges), (0, 0)]
     got = RegexDetector(grams)(text, offsets)
     assert got.dtype == np.bool_
     assert got.tolist() == naive(text, offsets, grams)
@@ -176,6 +178,17 @@ def test_a_phrase_without_a_word_is_refused() -> None:
 # The real tokenizer.
 
 
+@pytest.fixture(scope="module")
+def qwen3(shared: Path) -> tuple[Any, Any]:
+    """Renderer and tokenizer of Qwen3."""
+    from transformers import AutoTokenizer
+
+    from retrain.renderer import load_renderer
+
+    path = str(shared / "tokenizers" / "qwen3")
+    return load_renderer(path), AutoTokenizer.from_pretrained(path)
+
+
 @pytest.mark.shared_data
 @pytest.mark.parametrize(
     ("text", "phrase"),
@@ -189,16 +202,9 @@ def test_a_phrase_without_a_word_is_refused() -> None:
         ("wait\nlet me", ""),
     ],
 )
-def test_spans_are_exact_on_the_qwen3_tokenizer(shared: Path, text: str, phrase: str) -> None:
-    renderer = pytest.importorskip("retrain.renderer").load_renderer(str(shared / "tokenizers" / "qwen3"))
-    from transformers import AutoTokenizer
-
-    ids = np.array(
-        AutoTokenizer.from_pretrained(str(shared / "tokenizers" / "qwen3")).encode(
-            text, add_special_tokens=False
-        ),
-        dtype=np.int32,
-    )
+def test_spans_are_exact_on_the_qwen3_tokenizer(qwen3: tuple[Any, Any], text: str, phrase: str) -> None:
+    renderer, tokenizer = qwen3
+    ids = np.array(tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
     decoded, offsets = renderer.offsets(ids)
     assert decoded == text
     start = text.index(phrase)
@@ -212,11 +218,8 @@ def test_spans_are_exact_on_the_qwen3_tokenizer(shared: Path, text: str, phrase:
 
 
 @pytest.mark.shared_data
-def test_a_word_split_into_bytes_and_letters_is_found_on_the_qwen3_tokenizer(shared: Path) -> None:
-    renderer = pytest.importorskip("retrain.renderer").load_renderer(str(shared / "tokenizers" / "qwen3"))
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(shared / "tokenizers" / "qwen3"))
+def test_a_word_split_into_bytes_and_letters_is_found_on_the_qwen3_tokenizer(qwen3: tuple[Any, Any]) -> None:
+    renderer, tokenizer = qwen3
     text = "x that\u2019s not right y"
     # A sampled sequence need not be the tokenizer's own: one token per byte, three for the apostrophe.
     split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str

@@ -59,9 +59,14 @@ settings_of_a_schedule = st.fixed_dictionaries(
 def test_lambda_equals_its_twin_at_every_step(settings: dict[str, Any], run: list[StepStats]) -> None:
     schedule = SepaSchedule(**settings)
     naive = NaiveSepa(
-        settings["steps"], settings["schedule"] == "auto", settings["delay_steps"], settings["correct_rate_gate"],
-        settings["ema_decay"], settings["threshold"], settings["warmup_updates"],
-    )  # fmt: skip
+        steps=settings["steps"],
+        auto=settings["schedule"] == "auto",
+        delay=settings["delay_steps"],
+        gate=settings["correct_rate_gate"],
+        decay=settings["ema_decay"],
+        threshold=settings["threshold"],
+        warmup=settings["warmup_updates"],
+    )
     for step, stats in enumerate(run):
         assert 0.0 <= schedule.lambda_at(step) <= 1.0
         assert schedule.lambda_at(step) == pytest.approx(naive.lambda_at(step), abs=1e-12)
