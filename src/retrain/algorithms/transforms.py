@@ -103,9 +103,9 @@ def sepa_pool(uncertainty_n: Floats, planning_n: BoolArray, sepa_lambda: float) 
     """SEPA pooling: ``u_t <- lambda mean_exec(u) + (1 - lambda) u_t`` on execution tokens.
 
     Planning tokens keep their ``u_t``; a rollout without execution tokens is unchanged. ``sepa_lambda`` is in
-    [0, 1]; arguments and result are (n,). SEPA ("selective entropy pooling with annealing") is a proposal
-    published without peer review, and its author reports null results: over a hundred runs showed no
-    significant gain. It flattens the uncertainty of execution tokens, which is all that can be said for it.
+    [0, 1]; arguments and result are (n,). SEPA ("selective
+    entropy pooling with annealing") is a proposal on its author's own site, together with null results over
+    more than a hundred runs. It flattens the uncertainty of execution tokens; no gain is promised.
     """
     u_n = np.asarray(uncertainty_n, dtype=np.float64)
     execution_n = ~planning_n
