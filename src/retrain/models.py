@@ -114,7 +114,8 @@ class MemoryPlan:
         checkpointing = device.type == "cuda" and budget / kept_bytes < 4 * longest
         tokens = (budget - layer_bytes * longest) / (size * config.hidden_size * config.num_hidden_layers) if checkpointing else budget / kept_bytes
         head_tokens = max(16, min(8192, int(room * 0.05 / (config.vocab_size * 12))))
-        return cls(kv_tokens, max(int(min(tokens, 65536)), longest), head_tokens, checkpointing)
+        ceiling = 65536 if device.type == "cuda" else 8192  # a CPU gains nothing past its caches
+        return cls(kv_tokens, max(int(min(tokens, ceiling)), longest), head_tokens, checkpointing)
 
 
 class _SelectedLogprobs(torch.autograd.Function):
@@ -208,8 +209,6 @@ class AdaptedLinear(nn.Module):
         delta = F.linear(F.linear(x.float(), self.a), self.b * self.scale)
         if base.bias is not None:
             delta = delta + base.bias.float()
-        if x.dtype == torch.float32:
-            return F.linear(x, base.weight) + delta
         flat = torch.addmm(delta.reshape(-1, delta.shape[-1]).to(x.dtype), x.reshape(-1, x.shape[-1]), base.weight.T)
         return flat.reshape(*x.shape[:-1], flat.shape[-1])
 

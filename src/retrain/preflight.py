@@ -111,15 +111,13 @@ def check_resume(before: Config, now: Config, completed: int) -> None:
 def inexact_because(config: Config, before: Mapping[str, Any], now: Mapping[str, Any], reward_errors: int) -> list[str]:
     """Why a resumed run may differ from an uninterrupted one in the last bits; empty when it will not."""
     reasons: list[str] = []
-    names = {"machine": "the processor", "device": "the device", "threads": "the thread count", "git": "the code's commit"}
-    for key in sorted({*before, *now}):
+    names = {"machine": "the processor", "device": "the device", "threads": "the thread count", "code": "retrain's own code"}
+    for key in sorted({*before, *now} - {"git"}):
         if before.get(key) != now.get(key):
             what = names.get(key, f"the version of {key}" if key not in ("dtype", "deterministic") else key)
             reasons.append(f"{what} was {before.get(key) or 'unknown'} and is {now.get(key) or 'unknown'}")
     if now.get("deterministic") != "yes":
         reasons.append("CUDA kernels are not held to deterministic ones (training.deterministic = true does)")
-    if str(now.get("git", "")).endswith("+changes"):
-        reasons.append("the code has uncommitted changes")
     if config.reward.type == "custom" and reward_errors:
         reasons.append(f"{reward_errors} rewards failed or passed their deadline, which the clock decides")
     return reasons

@@ -64,10 +64,9 @@ def sample_tokens(
         mass = torch.zeros_like(mass).scatter_(1, order, ordered)
     cumulative = mass.cumsum(-1)
     total = cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, (uniform_B[:, None].to(cumulative.dtype) * total), right=True)
-    # Rounding can put u * total at the total itself; the answer is then the last token with any mass.
-    last = mass.shape[-1] - 1 - (mass.flip(-1) > 0).int().argmax(-1, keepdim=True)
-    ids = torch.minimum(ids, last)
+    # Rounding can put u * total at the total itself; just below it, the first larger entry always has mass.
+    target = torch.minimum(uniform_B[:, None].to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
+    ids = torch.searchsorted(cumulative, target, right=True)
     return ids.squeeze(1), logprobs.gather(1, ids).squeeze(1), entropies
 
 

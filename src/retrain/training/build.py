@@ -4,6 +4,7 @@ wrong path or reward is found before a model loads."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import platform
 import subprocess
@@ -37,8 +38,18 @@ def facts() -> dict[str, Any]:
     for package in _VERSIONED:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
+    found["code"] = _code()
     found["git"] = _git()
     return found
+
+
+def _code() -> str:
+    """Digest of the package's own source files: says whether two runs ran the same code, committed or not."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parents[1]
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _processor() -> str:

@@ -1,0 +1,178 @@
+"""Exact resume with the real model, real processes and a real SIGKILL: byte for byte, for every condition."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONDITIONS = [("grpo", "none"), ("maxrl", "none"), ("maxrl", "gtpo"), ("maxrl", "gtpo_hicra"), ("maxrl", "gtpo_sepa")]
+
+REWARD = '''
+import asyncio, os, random, re
+
+async def score(response, reference):
+    """Right or wrong by the last box; as slow and as unordered as it likes when told so."""
+    if os.environ.get("RETRAIN_TEST_SLEEP"):
+        await asyncio.sleep(random.Random().random() * 0.02)
+    boxes = re.findall(r"\\\\boxed\\{([^{}]*)\\}", response)
+    return float(bool(boxes) and boxes[-1].strip() == reference)
+'''
+
+
+def config(run: Path, advantage: str, transform: str, **changes):
+    made = {
+        "backend": {"devices": "cpu"},
+        "model": {"model": "retrain/tiny", "lora_rank": 8},
+        "algorithm": {"advantage_mode": advantage, "transform_mode": transform},
+        "training": {
+            "seed": 11, "max_steps": 8, "batch_size": 3, "group_size": 6, "max_tokens": 56, "temperature": 1.0, "lr": 2e-3,
+            "warmup_steps": 2, "save_every": 3,
+        },  # fmt: skip
+        "data": {"source": "arithmetic"},
+        "reward": {"type": "match"},
+        "eval": {"source": "arithmetic", "split": "validation", "examples": 8, "every": 4},
+        "logging": {"log_dir": str(run)},
+    }
+    if transform == "gtpo_sepa":
+        made["sepa"] = {"schedule": "auto", "delay_steps": 1, "steps": 4, "warmup_updates": 2, "correct_rate_gate": 0.25}
+    for section, values in changes.items():
+        made[section] = {**made.get(section, {}), **values}
+    return made
+
+
+def run_jobs(tmp_path, jobs, **env):
+    path = tmp_path / f"jobs-{len(list(tmp_path.glob('jobs-*')))}.json"
+    path.write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("resume_jobs.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(path)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **env}, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def timeless(run: Path) -> list[dict]:
+    keep = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        keep.append({k: v for k, v in row.items() if not k.endswith("_s") and k != "tokens_per_second"})
+    return keep
+
+
+def prints(run: Path) -> dict[str, str]:
+    """Digests of everything that must be equal to the byte."""
+    newest = run / json.loads((run / "trainer_state.json").read_text())["checkpoint"]
+    files = [
+        *(newest / n for n in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "optimizer.safetensors", "learner.json")),
+        run / "adapter/adapter_model.safetensors", run / "emergence/steps.jsonl", run / "emergence/generations.jsonl",
+    ]  # fmt: skip
+    return {f.name + str(i): hashlib.sha256(f.read_bytes()).hexdigest() for i, f in enumerate(files)}
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    assert timeless(a) == timeless(b)
+    assert prints(a) == prints(b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("advantage", "transform"), CONDITIONS)
+def test_eight_steps_equal_three_a_kill_and_the_rest(tmp_path, advantage, transform):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    resumed = {"config": config(cut, advantage, transform, resume={"from": str(cut)})}
+    jobs = [
+        {"config": config(whole, advantage, transform)},
+        {"config": config(cut, advantage, transform), "kill_at": 3},
+        {**resumed, "kill_at": 6},
+        resumed,
+    ]
+    results = run_jobs(tmp_path, jobs)
+    assert [r["status"] for r in results] == [0, -9, -9, 0], results[-1]["output"]
+    assert all("byte-exact: yes" in r["output"] for r in results[2:]), results[2]["output"]
+    assert_equal_runs(whole, cut)
+    rows = [r for r in timeless(whole) if "condition" in r]
+    assert len(rows) == 8
+    assert any(r["num_datums"] for r in rows)
+    if transform == "gtpo_sepa":
+        gates = [r["sepa_gate_open"] for r in rows]
+        assert gates[0] is False
+        assert gates[-1] is True
+        assert rows[-1]["sepa_lambda"] > 0
+        state = json.loads((whole / "checkpoints/step_000008/state.json").read_text())
+        assert state["schedule"]["var_0"] is not None
+
+
+@pytest.mark.slow
+def test_slow_unordered_rewards_and_another_hash_seed_change_nothing(tmp_path):
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    (plugins / "unordered.py").write_text(REWARD)
+    reward = {"type": "custom", "custom_module": "unordered", "custom_function": "score"}
+    extra = {"reward": reward, "plugins": {"search_paths": [str(plugins)]}}
+    calm, wild = tmp_path / "calm", tmp_path / "wild"
+    first = run_jobs(tmp_path, [{"config": config(calm, "maxrl", "gtpo_sepa", **extra)}], PYTHONHASHSEED="0")
+    cut = config(wild, "maxrl", "gtpo_sepa", **extra)
+    again = {**cut, "resume": {"from": str(wild)}}
+    sleepy = {"RETRAIN_TEST_SLEEP": "1"}
+    rest = run_jobs(
+        tmp_path, [{"config": cut, "kill_at": 3, "env": sleepy}, {"config": again, "env": sleepy}], PYTHONHASHSEED="77"
+    )
+    assert [r["status"] for r in (*first, *rest)] == [0, -9, 0], rest[-1]["output"]
+    assert_equal_runs(calm, wild)
+
+
+@pytest.mark.slow
+def test_what_a_resume_reports(tmp_path):
+    run = tmp_path / "run"
+    short = {"max_steps": 4, "save_every": 2}
+    base = config(run, "grpo", "none", training={**config(run, "grpo", "none")["training"], **short}, eval={"source": ""})
+    assert run_jobs(tmp_path, [{"config": base}])[0]["status"] == 0
+
+    def variant(name, **changes):
+        copy = tmp_path / name
+        shutil.copytree(run, copy)
+        made = {**base, "resume": {"from": str(copy)}}
+        for section, values in changes.items():
+            made[section] = {**made[section], **values}
+        return copy, made
+
+    threads, threads_config = variant("threads", training={"max_steps": 5})
+    torn, torn_config = variant("torn")
+    (torn / "checkpoints/step_000004/manifest.json").unlink()
+    rotten, rotten_config = variant("rotten")
+    weights = rotten / "checkpoints/step_000004/optimizer.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(bytes(data))
+    gone, gone_config = variant("gone")
+    shutil.rmtree(gone / "checkpoints")
+    _, changed_config = variant("changed", training={"lr": 1e-2})
+    _, rank_config = variant("rank", model={"lora_rank": 4})
+    _, shrunk_config = variant("shrunk", training={"max_steps": 2})
+
+    results = run_jobs(
+        tmp_path,
+        [
+            {"config": threads_config, "threads": 2}, {"config": torn_config}, {"config": rotten_config}, {"config": gone_config},
+            {"config": changed_config}, {"config": rank_config}, {"config": shrunk_config},
+        ],
+    )  # fmt: skip
+    said = [r["output"] for r in results]
+    assert "byte-exact: no, because the thread count was 1 and is 2." in said[0]
+    for text, run_dir in ((said[1], torn), (said[2], rotten)):
+        assert "step_000004 is damaged" in text
+        assert "Resuming" in text
+        assert "after 2 steps from step_000002" in text
+        assert_equal_runs(run, run_dir)
+    assert [r["status"] for r in results] == [0, 0, 0, 2, 2, 2, 2]
+    assert "no intact checkpoint" in said[3]
+    assert "training.lr differ" in said[4]
+    assert "model.lora_rank differ" in said[5]
+    assert "already completed 4 steps" in said[6]
