@@ -80,9 +80,14 @@ def load_config(source: Source = None, overrides: Sequence[Override] | Mapping[s
     return load(source, overrides).config
 
 
-def load(source: Source = None, overrides: Sequence[Override] | Mapping[str, Any] = ()) -> LoadedConfig:
-    """Like ``load_config``, with the origin of every value and what is to be announced."""
-    raw, origins, path = _read(source)
+def load(
+    source: Source = None, overrides: Sequence[Override] | Mapping[str, Any] = (), *, label: str = ""
+) -> LoadedConfig:
+    """Like ``load_config``, with the origin of every value and what is to be announced.
+
+    ``label`` stands for the file's path where the file is not the user's own, such as a template.
+    """
+    raw, origins, path = _read(source, label)
     listed = (
         overrides if not isinstance(overrides, Mapping) else [Override.of(k, v) for k, v in overrides.items()]
     )
@@ -130,7 +135,7 @@ def _dump(prefix: str, values: Mapping[str, Any], idle: Mapping[str, Any]) -> It
         yield f"{key_text(name)} = {literal(value)}"
 
 
-def _read(source: Source) -> tuple[dict[str, Any], dict[KeyPath, Origin], Path | None]:
+def _read(source: Source, label: str) -> tuple[dict[str, Any], dict[KeyPath, Origin], Path | None]:
     if source is None:
         return {}, {}, None
     if isinstance(source, Config):
@@ -144,12 +149,12 @@ def _read(source: Source) -> tuple[dict[str, Any], dict[KeyPath, Origin], Path |
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise _not_toml(path, error) from error
-    lines = line_numbers(text)
+    lines, place = line_numbers(text), label or str(path)
     origins = {
-        p: Origin("file", f"{path}:{lines[p]}" if p in lines else str(path), lines.get(p, 0))
+        p: Origin("file", f"{place}:{lines[p]}" if p in lines else place, lines.get(p, 0))
         for p in _paths(raw, ())
     }
-    return raw, origins, path
+    return raw, origins, None if label else path
 
 
 def _read_text(path: Path) -> str:

@@ -1,0 +1,78 @@
+"""``retrain init``: writes a configuration from a template, and never over a file that exists."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from retrain.config import templates
+from retrain.errors import UsageError
+
+DEFAULT_PATH = "retrain.toml"
+
+USAGE = """\
+Usage: retrain init [PATH] [--template NAME] [--list]
+
+Writes a configuration to PATH (./retrain.toml). It never overwrites a file.
+"""
+
+
+def init(arguments: Sequence[str]) -> int:
+    """The command ``init``."""
+    template, path = "default", ""
+    rest = list(arguments)
+    while rest:
+        word, equals, value = rest.pop(0).partition("=")
+        if word == "--list" and not equals:
+            print(listing())
+            return 0
+        if word == "--template":
+            if not equals and not rest:
+                raise UsageError("--template needs a name.", fix=f"one of {', '.join(templates.TEMPLATES)}.")
+            template = value if equals else rest.pop(0)
+        elif word == "--interactive":
+            raise UsageError("retrain init --interactive is not in this version.", fix="name a --template.")
+        elif word.startswith("-"):
+            raise UsageError(f"{word} is not an option of init.", fix="use --template NAME or --list.")
+        elif path:
+            raise UsageError(f"unexpected argument {word!r}.", fix="name one file.")
+        else:
+            path = word + equals + value
+    path = path or DEFAULT_PATH
+    create(template, path)
+    print(f"Wrote {path} (template {template}: {templates.TEMPLATES[template]}).")
+    print(f"Next: look through it, then start it with: retrain{'' if path == DEFAULT_PATH else ' ' + path}")
+    return 0
+
+
+def listing() -> str:
+    """One line per template."""
+    rows = [f"  {name:<12}{purpose}" for name, purpose in templates.TEMPLATES.items()]
+    rows += [f"  {name:<12}not in this version" for name in templates.LATER]
+    return "\n".join(rows)
+
+
+def create(template: str, path: str) -> None:
+    """Write a template to a new file; UsageError when the name is wrong or the file exists."""
+    if template in templates.LATER:
+        raise UsageError(
+            f"template {template!r} is not in this version.", fix=f"use {' or '.join(templates.TEMPLATES)}."
+        )
+    if template not in templates.TEMPLATES:
+        import difflib
+
+        near = difflib.get_close_matches(template, templates.TEMPLATES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use {' or '.join(templates.TEMPLATES)}."
+        raise UsageError(f"there is no template {template!r}.", fix=hint)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(templates.read(template))
+    except FileExistsError as error:
+        kind = "a folder" if os.path.isdir(path) else "a file"
+        raise UsageError(
+            f"{path}: there already is {kind} of that name, which init never overwrites.",
+            fix="name another one: retrain init other.toml.",
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UsageError(f"{path}: cannot be written: {reason}.", fix="name another place.") from error

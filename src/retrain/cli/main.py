@@ -1,0 +1,90 @@
+"""The command line's entry: looks at the first word and imports only what that command needs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": ("retrain.cli.run:demo", "train the embedded model on the CPU, in a few minutes"),
+    "init": ("retrain.cli.create:init", "write a configuration from a template"),
+    "man": ("retrain.cli.manual:man", "show the manual, or one topic of it"),
+}
+"""Built commands: what implements them, and what they do. Anything else is a run."""
+
+LATER = (
+    "init-plugin",
+    "explain",
+    "trace",
+    "doctor",
+    "resume-check",
+    "status",
+    "top",
+    "diff",
+    "report",
+    "replay",
+    "why",
+    "eval",
+    "sample",
+    "export",
+    "squeeze",
+    "backends",
+    "plugins",
+    "schema",
+    "bench",
+)
+"""Known commands that this version does not build."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output went away, as in `retrain man | head`.
+        import os
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from retrain.errors import RetrainError
+
+        if not isinstance(error, RetrainError):
+            raise
+        if "--debug" in arguments:
+            import traceback
+
+            traceback.print_exc()
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return code
+
+
+def _dispatch(arguments: list[str]) -> int:
+    first = arguments[0] if arguments else ""
+    if first in ("--version", "-V"):
+        from retrain import __version__
+
+        print(f"retrain {__version__}")
+        return 0
+    if first in ("help", "--help", "-h") or any(a in ("--help", "-h") for a in arguments):
+        from retrain.cli.manual import print_help
+
+        return print_help(first)
+    if first in COMMANDS:
+        from importlib import import_module
+
+        module, _, attribute = COMMANDS[first][0].partition(":")
+        return getattr(import_module(module), attribute)(arguments[1:])
+    if first in LATER:
+        from retrain.errors import UsageError
+
+        raise UsageError(f"retrain {first} is not in this version.", fix="`retrain --help` lists what is.")
+    from retrain.cli.run import run
+
+    return run(arguments)

@@ -1,0 +1,194 @@
+"""The command line's options: which flag sets which setting, and how a flag's text becomes a value."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from retrain.config.fields import Setting, settings
+from retrain.config.load import Override
+from retrain.errors import UsageError
+
+PREFERRED = {
+    "seed": "training.seed",
+    "lr": "training.lr",
+    "max_steps": "training.max_steps",
+    "temperature": "training.temperature",
+    "model": "model.model",
+    "source": "data.source",
+    "adapter_path": "backend.adapter_path",
+}
+"""Names that several sections hold, and the section that a flat flag means."""
+
+SPECIAL = {
+    "--resume": "resume.from",
+    "--algorithm-param": "algorithm.params",
+    "--advantage-param": "algorithm.advantage_params",
+    "--transform-param": "algorithm.transform_params",
+    "--backend-opt": "backend.options",
+}
+"""Flags with names of their own."""
+
+SWITCHES = {
+    "--overwrite": "Replace the run that the log_dir holds.",
+    "--fork": "Start beside the run that the log_dir holds, in the next free folder.",
+    "--plain": "Print plain lines, as when the output is not a terminal.",
+    "--debug": "Show tracebacks and debug lines.",
+}
+"""Flags that set nothing in the configuration."""
+
+_NOT_BOOLEANS = ("yes", "no", "on", "off", "0", "1", "True", "False", "TRUE", "FALSE")
+
+
+@dataclass(slots=True)
+class CommandLine:
+    """A parsed command line: at most one positional, overrides in order, and the switches that were given."""
+
+    config: str | None = None
+    overrides: list[Override] = field(default_factory=list[Override])
+    switches: set[str] = field(default_factory=set[str])
+
+
+@cache
+def flags() -> Mapping[str, str]:
+    """Every flag that sets something, with its dotted key; a key's first flag is the usual one."""
+    count = Counter(setting.name for setting in settings().values())
+    found: dict[str, str] = dict(SPECIAL)
+    for key, setting in settings().items():
+        is_plain = "." not in setting.name and setting.name != "from"
+        if is_plain and (count[setting.name] == 1 or PREFERRED.get(setting.name) == key):
+            found.setdefault(_kebab(setting.name), key)
+    for key, setting in settings().items():
+        if "." not in setting.name:
+            found.setdefault(_kebab(f"{setting.section}_{setting.name}"), key)
+        found[f"--{key}"] = key
+    return found
+
+
+def flags_of(key: str) -> list[str]:
+    """Flat flags of one setting, the dotted one left out."""
+    return [flag for flag, target in flags().items() if target == key and flag != f"--{key}"]
+
+
+def _kebab(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(arguments: Sequence[str]) -> CommandLine:
+    """Read a run's command line; UsageError with a line for each thing that is wrong."""
+    result, wrong = CommandLine(), list[str]()
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-") or word == "-":
+            if result.config is None:
+                result.config = word
+            else:
+                wrong.append(
+                    f"unexpected argument {word!r}. Fix: one configuration; settings are --flag value."
+                )
+            continue
+        flag, equals, text = word.partition("=")
+        if flag in SWITCHES:
+            if equals:
+                wrong.append(f"{flag} takes no value. Fix: write {flag} alone.")
+            result.switches.add(flag)
+            continue
+        target = _target(flag)
+        if target is None:
+            if not equals and rest and not rest[0].startswith("-"):
+                rest.pop(0)
+            wrong.append(_unknown(flag))
+            continue
+        setting, inner = target
+        if not equals:
+            taken = _next_value(setting, rest)
+            if taken is None:
+                wrong.append(f"{flag} needs a value, {setting.accepts}. Fix: {flag} VALUE or {flag}=VALUE.")
+                continue
+            text = taken
+        for override in _overrides(setting, inner, text, flag):
+            if any(o.path == override.path for o in result.overrides):
+                wrong.append(f"{flag}: {'.'.join(override.path)} is given twice. Fix: give it once.")
+            result.overrides.append(override)
+    if wrong:
+        raise UsageError("\n".join(wrong))
+    return result
+
+
+def _target(flag: str) -> tuple[Setting, tuple[str, ...]] | None:
+    """The setting of a flag, with the key inside a table for ``--data.fields.question``."""
+    key = flags().get(flag)
+    if key is not None:
+        return settings()[key], ()
+    parts = flag.removeprefix("--").split(".")
+    for length in range(len(parts) - 1, 1, -1):
+        setting = settings().get(".".join(parts[:length]))
+        if setting is not None and setting.type == "table" and all(parts):
+            return setting, tuple(parts[length:])
+    return None
+
+
+def _unknown(flag: str) -> str:
+    known = [*flags(), *SWITCHES]
+    name = flag.removeprefix("--").replace("-", "_")
+    near = [flags_of(s.key)[0] for s in settings().values() if s.name == name]
+    near = near or difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`retrain man --topic options` lists every flag."
+    return f"{flag} is not a flag. Fix: {hint}"
+
+
+def _next_value(setting: Setting, rest: list[str]) -> str | None:
+    if setting.type == "boolean":
+        is_value = bool(rest) and (rest[0] in ("true", "false") or rest[0] in _NOT_BOOLEANS)
+        return rest.pop(0) if is_value else "true"
+    if not rest or rest[0].startswith("--"):
+        return None
+    return rest.pop(0)
+
+
+def _overrides(setting: Setting, inner: tuple[str, ...], text: str, flag: str) -> Iterator[Override]:
+    path = (*setting.key.split("."), *inner)
+    if inner:
+        yield Override(path, _free(setting, text), flag)
+    elif setting.type == "table" and not text.lstrip().startswith("{"):
+        name, equals, value = text.partition("=")
+        # Without a name the text goes on as it is, and the schema says that a table is needed.
+        yield (
+            Override((*path, name.strip()), _free(setting, value), flag)
+            if equals and name.strip()
+            else Override(path, text, flag)
+        )
+    else:
+        yield Override(path, value_of(setting, text), flag)
+
+
+def _free(setting: Setting, text: str) -> Any:
+    return text if setting.key == "data.fields" else _toml(text)
+
+
+def value_of(setting: Setting, text: str) -> Any:
+    """A flag's text as a value: verbatim for strings, else a TOML value; the text itself where it is none.
+
+    One item may stand for an array of one.
+    """
+    if setting.type == "string":
+        return text
+    if setting.is_list and not text.lstrip().startswith("["):
+        return [text if setting.type == "array of strings" else _toml(text)]
+    return _toml(text)
+
+
+def _toml(text: str) -> Any:
+    if "\n" in text or "\r" in text:
+        return text
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
