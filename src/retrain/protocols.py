@@ -57,6 +57,10 @@ class Backend(Protocol):
         """What this backend can honour."""
         ...
 
+    def facts(self) -> Mapping[str, str]:
+        """What results depend on besides configuration and package versions: device, threads, determinism."""
+        ...
+
     def publish(self) -> Weights:
         """Return the current weights with version, fingerprint and canary for an engine to load."""
         ...

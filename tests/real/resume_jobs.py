@@ -1,6 +1,6 @@
 """Runs training jobs in forked children of one process that has imported everything once; kills some of them.
 
-Usage: python resume_jobs.py JOBS.json. Each job: {"config": {...}, "kill_at": completed steps or null, "env": {...}}.
+Usage: python resume_jobs.py JOBS.json. Each job: {"config": {...}, "kill_at": completed steps or null}.
 Prints one JSON line per job: {"status": exit status or -signal, "output": what it printed}.
 """
 
@@ -23,7 +23,6 @@ from retrain.runner import execute
 
 
 def child(job: dict, log: Path) -> None:
-    os.environ.update(job.get("env", {}))
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -15,11 +15,11 @@ import pytest
 CONDITIONS = [("grpo", "none"), ("maxrl", "none"), ("maxrl", "gtpo"), ("maxrl", "gtpo_hicra"), ("maxrl", "gtpo_sepa")]
 
 REWARD = '''
-import asyncio, os, random, re
+import asyncio, pathlib, random, re
 
 async def score(response, reference):
     """Right or wrong by the last box; as slow and as unordered as it likes when told so."""
-    if os.environ.get("RETRAIN_TEST_SLEEP"):
+    if pathlib.Path(__file__).with_name("sleepy").exists():
         await asyncio.sleep(random.Random().random() * 0.02)
     boxes = re.findall(r"\\\\boxed\\{([^{}]*)\\}", response)
     return float(bool(boxes) and boxes[-1].strip() == reference)
@@ -120,10 +120,8 @@ def test_slow_unordered_rewards_and_another_hash_seed_change_nothing(tmp_path):
     first = run_jobs(tmp_path, [{"config": config(calm, "maxrl", "gtpo_sepa", **extra)}], PYTHONHASHSEED="0")
     cut = config(wild, "maxrl", "gtpo_sepa", **extra)
     again = {**cut, "resume": {"from": str(wild)}}
-    sleepy = {"RETRAIN_TEST_SLEEP": "1"}
-    rest = run_jobs(
-        tmp_path, [{"config": cut, "kill_at": 3, "env": sleepy}, {"config": again, "env": sleepy}], PYTHONHASHSEED="77"
-    )
+    (plugins / "sleepy").touch()
+    rest = run_jobs(tmp_path, [{"config": cut, "kill_at": 3}, {"config": again}], PYTHONHASHSEED="77")
     assert [r["status"] for r in (*first, *rest)] == [0, -9, 0], rest[-1]["output"]
     assert_equal_runs(calm, wild)
 

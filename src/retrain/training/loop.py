@@ -37,6 +37,7 @@ class Counters:
     step: int = 0
     correct_sum: float = 0.0
     correct_steps: int = 0
+    steps_with_signal: int = 0
     skipped_updates_in_a_row: int = 0
     skipped_updates: int = 0
     reward_errors: int = 0
@@ -116,6 +117,11 @@ def train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done"
             saved_at = done
     if saved_at != counters.step:
         _save(parts, _state(parts), accuracy=None)
+    if counters.step and not counters.steps_with_signal:
+        log.warning(
+            "No step carried a signal: in every group all rewards were equal, so nothing was learned. Use easier tasks, "
+            "a reward with more levels, or a larger group_size."
+        )
     return "done" if counters.step >= training.max_steps else "interrupted"
 
 
@@ -145,6 +151,7 @@ def _step(config: Config, parts: Parts) -> None:
     counters.step += 1
     counters.reward_errors += errors
     counters.tokens += batch.num_tokens
+    counters.steps_with_signal += not batch.is_empty
     if stats.observed.correct_rate is not None:
         counters.correct_sum += stats.observed.correct_rate
         counters.correct_steps += 1
