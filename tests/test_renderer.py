@@ -51,7 +51,9 @@ def pieces_tokenizer() -> Tokenizer:
     for token in ["\u2581", "\u2581wait", "\u2581let", "\u2581me", "w", "ait", ",", "é", "a"]:
         vocabulary[token] = len(vocabulary)
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
     made.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -108,7 +110,10 @@ def test_a_prompt_is_the_template_with_its_generation_prompt(small, tmp_path):
 def test_without_a_template_the_prompt_is_plain_text(tmp_path):
     plain = load_renderer(str(write_model(tmp_path / "m", bytes_tokenizer(), template=None)))
     assert not plain.has_template
-    assert plain.decode(plain.encode([Message("system", "be brief"), Message("user", "5+5")])) == "be brief\n\n5+5"
+    assert (
+        plain.decode(plain.encode([Message("system", "be brief"), Message("user", "5+5")]))
+        == "be brief\n\n5+5"
+    )
 
 
 def test_a_template_that_refuses_the_messages_is_a_value_error(small):
@@ -124,13 +129,16 @@ def test_a_template_argument_that_is_ours_is_refused(tmp_path):
 
 @pytest.mark.parametrize("extra", [[0, 1], 0, None])
 def test_stop_ids_come_from_tokenizer_and_generation_config_and_nothing_else_does(tmp_path, extra):
-    path = write_model(
-        tmp_path / "m", bytes_tokenizer(), eos_token_id=extra, pad_token_id=7, top_k=2, repetition_penalty=1.5,
-        temperature=0.6, transformers_version="5", _from_model_config=True, typical_p=None,
-    )  # fmt: skip
+    stated = {"top_k": 2, "repetition_penalty": 1.5, "temperature": 0.6, "typical_p": None}
+    other = {"pad_token_id": 7, "transformers_version": "5", "_from_model_config": True}
+    path = write_model(tmp_path / "m", bytes_tokenizer(), eos_token_id=extra, **stated, **other)
     renderer = load_renderer(str(path))
     assert renderer.stop_ids == ((1,) if extra is None else (0, 1))
-    assert dict(renderer.ignored_generation_settings) == {"repetition_penalty": 1.5, "temperature": 0.6, "top_k": 2}
+    assert dict(renderer.ignored_generation_settings) == {
+        "repetition_penalty": 1.5,
+        "temperature": 0.6,
+        "top_k": 2,
+    }
 
 
 def test_facts_of_the_model(small):
@@ -153,7 +161,9 @@ def test_the_fingerprint_depends_on_tokenizer_and_template_alone(tmp_path):
 def test_offsets_of_any_bytes(small, ids):
     text, spans = small.offsets(np.array(ids, dtype=np.int32))
     alphabet = {c: b for b, c in enumerate(_gpt2_alphabet())}
-    data = [b"" if i < 2 or i > 257 else bytes([alphabet[small._tokenizer.convert_ids_to_tokens(i)]]) for i in ids]
+    data = [
+        b"" if i < 2 or i > 257 else bytes([alphabet[small._tokenizer.convert_ids_to_tokens(i)]]) for i in ids
+    ]
     assert text == b"".join(data).decode(errors="replace") == small.decode(np.array(ids))
     check_spans(text, spans, len(ids))
     for piece, (start, end) in zip(data, spans, strict=True):
@@ -247,7 +257,11 @@ def test_offsets_of_any_qwen3_ids_are_the_bytes_of_each_token(qwen, ids):
 def test_offsets_of_qwen3_text_survive_any_cut(qwen, text, data):
     ids = ids_of(qwen, text)
     plain, spans = qwen.offsets(ids)
-    assert plain == qwen._tokenizer.backend_tokenizer.normalizer.normalize_str(text) if len(text) else plain == ""
+    assert (
+        plain == qwen._tokenizer.backend_tokenizer.normalizer.normalize_str(text)
+        if len(text)
+        else plain == ""
+    )
     cut = data.draw(st.integers(0, len(ids)))
     head, head_spans = qwen.offsets(ids[:cut])
     assert head.rstrip("\ufffd") == plain[: len(head.rstrip("\ufffd"))]

@@ -1,4 +1,4 @@
-"""Every source, and the cursor over it: deterministic tasks with unique ids, an order by seed, exact resume."""
+"""Every source, and the cursor over it: the same tasks every time, unique ids, exact resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def test_tasks_are_the_same_every_time(data):
     first = load_tasks(data, "train")
     assert first == load_tasks(data, "train")
     assert len({t.id for t in first}) == len(first)
-    assert all(t.id.startswith(f"{data.source}/train/") and t.source == data.source and t.draw == 0 for t in first)
+    assert all(
+        t.id.startswith(f"{data.source}/train/") and t.source == data.source and t.draw == 0 for t in first
+    )
     assert all(t.reference and t.messages[-1].role == "user" for t in first)
     assert load_tasks(data, "train", 3) == first[:3]
 

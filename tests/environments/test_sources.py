@@ -1,4 +1,4 @@
-"""Sources and the cursor: real data, every mistake named with its place, an order that only the seed decides."""
+"""Sources and the cursor: real data, mistakes named with their place, an order by seed alone."""
 
 from __future__ import annotations
 
@@ -47,23 +47,24 @@ def file(tmp_path):
 def test_arithmetic_speaks_the_embedded_models_form():
     found = load_tasks(Data("arithmetic"), "test", 3)
     assert len(found) == 3
-    assert found[0].messages[0].content.split("\n") == [found[0].messages[0].content.split("\n")[0], TINY_INSTRUCTION]
+    assert all(t.messages[0].content.split("\n")[1:] == [TINY_INSTRUCTION] for t in found)
     assert found[0].id.startswith("arithmetic/test/2/")
     assert not {t.id.split("/", 2)[2] for t in load_tasks(Data("arithmetic"), "train")} & {
         t.id.split("/", 2)[2] for t in load_tasks(Data("arithmetic"), "test")
     }
 
 
-@pytest.mark.parametrize(("levels", "split", "said"), [((9,), "train", "level 9"), ((), "train", "empty"), ((2,), "dev", "'dev'")])
+@pytest.mark.parametrize(
+    ("levels", "split", "said"), [((9,), "train", "level 9"), ((), "train", "empty"), ((2,), "dev", "'dev'")]
+)
 def test_arithmetic_names_what_it_does_not_have(levels, split, said):
     with pytest.raises(DataError, match=said):
         load_tasks(Data("arithmetic", levels=levels), split)
 
 
 def test_jsonl_maps_fields_and_numbers(file):
-    data = file(
-        {"prompt": " 1+1? ", "gold": 2, "key": "a", "level": 3}, "", {"prompt": "half", "gold": 0.5, "key": 7},
-    )  # fmt: skip
+    rows = {"prompt": " 1+1? ", "gold": 2, "key": "a", "level": 3}, {"prompt": "half", "gold": 0.5, "key": 7}
+    data = file(rows[0], "", rows[1])
     data.fields = {"question": "prompt", "answer": "gold", "id": "key"}
     data.instruction, data.system = "Answer.", "Be brief."
     first, second = load_tasks(data, "train")
@@ -99,7 +100,10 @@ def test_rows_without_an_answer_are_dropped_and_counted(file, caplog):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"question": "q", "solution": "1"}, r":2: no field 'answer' for the answer; the row has 'question', 'solution'"),
+        (
+            {"question": "q", "solution": "1"},
+            r":2: no field 'answer' for the answer; the row has 'question', 'solution'",
+        ),
         ({"answer": "1"}, r":2: no field 'question'"),
         ({"question": 3, "answer": "1"}, r":2: field 'question' is 3, not a text"),
         ({"question": " ", "answer": "1"}, r":2: field 'question'"),
@@ -152,7 +156,7 @@ def test_gsm8k_without_a_network_says_what_to_do(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match="Couldn't reach the Hub Fix: .*data.path"):
+    with pytest.raises(DataError, match=r"Couldn't reach the Hub Fix: .*data\.path"):
         load_tasks(Data("gsm8k"), "test")
     with pytest.raises(DataError, match="no split 'validation'"):
         load_tasks(Data("gsm8k"), "validation")
@@ -217,7 +221,10 @@ def test_the_order_does_not_depend_on_the_hash_seed():
     )
     said = {
         subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
         ).stdout
         for seed in ("0", "1")
     }

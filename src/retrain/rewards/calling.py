@@ -147,7 +147,7 @@ def _checked_parts(value: Mapping[object, object]) -> Answer:
         parts[key] = float(number)
         if key == "reward" and isinstance(number, bool):
             passed = number
-    reward = parts.pop("reward") if "reward" in parts else math.fsum(parts.values())
+    reward = parts.pop("reward") if "reward" in parts else sum(parts.values())
     if not math.isfinite(reward):
         return Answer(error="the function returned parts whose sum is not finite")
     return Answer(reward=reward, passed=passed, parts=parts)
