@@ -325,3 +325,14 @@ def test_a_broken_model_folder_is_one_line_with_a_fix(tmp_path):
 def test_a_name_stays_a_name_and_a_folder_becomes_its_path(tmp_path):
     assert model_path("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
     assert model_path(str(tmp_path)) == str(tmp_path)
+
+
+def test_the_packaged_model():
+    renderer = load_renderer("retrain/tiny")
+    prompt = renderer.encode([Message("user", "1+1?\nPut the answer in \\boxed{}.")])
+    assert 0 < len(prompt) < renderer.context_length
+    assert len(renderer.stop_ids) >= 1
+    said = "11+22 = 33, \\boxed{33}"
+    text, spans = renderer.offsets(ids_of(renderer, said))
+    assert text == said
+    check_spans(text, spans, len(spans))
