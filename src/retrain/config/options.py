@@ -136,9 +136,10 @@ def _target(flag: str) -> tuple[Setting, tuple[str, ...]] | None:
 
 def _unknown(flag: str) -> str:
     known = [*flags(), *SWITCHES]
-    name = flag.removeprefix("--").replace("-", "_")
-    near = [flags_of(s.key)[0] for s in settings().values() if s.name == name]
-    near = near or difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+    dashed = flag.replace("_", "-")
+    near = [flags_of(s.key)[0] for s in settings().values() if f"--{s.name.replace('_', '-')}" == dashed]
+    near = near or [max((k for k in known if dashed.startswith(f"{k}-")), key=len, default="")]
+    near = [n for n in near if n] or difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else "`retrain man --topic options` lists every flag."
     return f"{flag} is not a flag. Fix: {hint}"
 

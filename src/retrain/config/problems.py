@@ -49,7 +49,8 @@ ELSEWHERE = {
 """What other trainers call a setting."""
 
 _SECRET_KEY = re.compile(
-    r"(^|[_-])(api[_-]?key|access[_-]?key|secret([_-]?key)?|password|passwd|token|credentials?)$",
+    r"(^|[_-])(api[_-]?key|access[_-]?key|secret([_-]?key)?|password|passwd|credentials?)$"
+    r"|^((hf|api|auth|access|bearer|judge|wandb|github)[_-]?)?token$",
     re.IGNORECASE,
 )
 _SECRET_VALUE = re.compile(

@@ -273,7 +273,10 @@ def _data(config: Config) -> Iterator[Problem]:
 
 @dataclass(frozen=True, slots=True)
 class _Idle:
-    """Settings that do nothing while ``when`` holds; ``refuse`` makes a value but the default an error."""
+    """Settings that do nothing while ``when`` holds; ``refuse`` makes a value but the default an error.
+
+    A key that the user emptied (``eval.source = ""``) was switched off on purpose: then nothing is refused.
+    """
 
     keys: tuple[str, ...]
     when: Callable[[Config], bool]
@@ -407,7 +410,9 @@ def _idle_findings(config: Config) -> Iterator[Problem]:
         if not rule.when(config):
             continue
         given = [key for key in rule.keys if is_given(config, key)]
-        meant = [key for key in given if rule.refuse and get(config, key) != settings()[key].default]
+        switched_off = is_given(config, rule.because) and not get(config, rule.because)
+        refuse = rule.refuse and not switched_off
+        meant = [key for key in given if refuse and get(config, key) != settings()[key].default]
         state = f"{rule.because} = {literal(get(config, rule.because))}"
         for key in meant:
             yield Problem(

@@ -1,0 +1,185 @@
+"""Rules across settings: what is refused, what is announced, and what this version does not build."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from retrain import plugins
+from retrain.config import names
+from retrain.config.load import load
+from retrain.config.rules import NAMED
+from retrain.errors import ConfigError, NotInThisVersion
+
+BASE: dict[str, Any] = {"data": {"source": "arithmetic"}}
+
+
+def source_with(key: str, value: Any) -> dict[str, Any]:
+    section, _, name = key.partition(".")
+    source = {k: dict(v) for k, v in BASE.items()}
+    source.setdefault(section, {})[name] = value
+    return source
+
+
+def test_names_equal_the_plug_in_table() -> None:
+    for kind in sorted(set(names.BUILT) & set(plugins.TABLE)):
+        assert set(names.BUILT[kind]) == set(plugins.TABLE[kind]), kind
+    for kind, later in names.LATER.items():
+        assert set(later).isdisjoint(names.BUILT[kind])
+
+
+@pytest.mark.parametrize(("key", "kind"), list(NAMED.items()))
+def test_names_that_a_later_version_builds(key: str, kind: str) -> None:
+    for name in names.LATER[kind]:
+        with pytest.raises(NotInThisVersion) as caught:
+            load(source_with(key, name))
+        assert f'{key} = "{name}" is not in this version. Fix: ' in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "kind"), list(NAMED.items()))
+def test_unknown_and_dotted_names(key: str, kind: str) -> None:
+    del kind
+    with pytest.raises(ConfigError) as caught:
+        load(source_with(key, "my_module.thing"))
+    assert "of your own is not in this version" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        load(source_with(key, "zzzz"))
+    assert f'{key} = "zzzz" is unknown. Fix: ' in str(caught.value)
+
+
+def test_a_near_name_is_suggested() -> None:
+    with pytest.raises(
+        ConfigError, match=r'advantage_mode = "gropo" is unknown\. Fix: did you mean "grpo"\?'
+    ):
+        load(source_with("algorithm.advantage_mode", "gropo"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("training.updates_per_batch", 2),
+        ("algorithm.algorithm_mode", "mine"),
+        ("loss.kl", 0.1),
+        ("loss.entropy", 0.01),
+        ("loss.tis_cap", 2.0),
+        ("loss.dual_clip", 3.0),
+        ("lora.dropout", 0.1),
+        ("model.quantization", "nf4"),
+        ("logging.wandb_project", "p"),
+        ("logging.trackers", ["tensorboard"]),
+        ("backpressure.enabled", True),
+        ("campaign.seeds", [1]),
+        ("squeeze.adapter_path", "x"),
+        ("backend.devices", "gpu:0,gpu:1"),
+        ("environment.provider", "verifiers"),
+    ],
+)
+def test_settings_that_a_later_version_builds(key: str, value: Any) -> None:
+    with pytest.raises(NotInThisVersion, match=r"not in this version\. Fix: "):
+        load(source_with(key, value))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("backend.devices", "cuda:1", r'"cuda:1" is not gpu:N or cpu\. Fix: for example "gpu:1"\.'),
+        ("backend.devices", "tpu", r'"tpu" is not gpu:N or cpu\. Fix: for example "cpu"\.'),
+        ("backend.devices", "gpu:0,", r'"gpu:0," is not gpu:N or cpu'),
+        ("model.trust_remote_code", True, "would run code that ships with the model"),
+        (
+            "inference.dtype",
+            "fp8",
+            r'inference.dtype = "fp8" does not work with inference.engine = "pytorch"',
+        ),
+        ("inference.dtype", "fp4", "does not work with"),
+        ("inference.kv_cache_dtype", "int8", "does not work with"),
+        ("inference.attention_kernel", "triton", "does not work with"),
+        ("inference.url", "http://x", r'inference.url does nothing with inference.engine = "pytorch"'),
+        ("model.base_url", "http://x", r'does nothing with backend.backend = "local"'),
+        ("backend.options", {"a": 1}, r'does nothing with backend.backend = "local"'),
+        ("data.path", "x", r'data.path does nothing with data.source = "arithmetic"'),
+        ("data.fields", {"id": "x"}, "data.fields does nothing"),
+        ("data.subjects", "all", "data.subjects does nothing"),
+        ("data.source", "jsonl", r'data.source = "jsonl" needs data.path'),
+        ("eval.source", "jsonl", r'eval.source = "jsonl" needs eval.path'),
+        ("eval.every", 5, r'eval.every does nothing with eval.source = ""'),
+        ("reward.type", "custom", r'reward.type = "custom" needs reward.custom_module'),
+        ("reward.custom_module", "m", r'reward.custom_module does nothing with reward.type = "match"'),
+        ("reward.judge_model", "m", "reward.judge_model does nothing"),
+        ("environment.id", "m", "environment.id does nothing"),
+        ("algorithm.advantage_params", {"a": 1}, r'does nothing with algorithm.advantage_mode = "maxrl"'),
+        ("algorithm.transform_params", {"a": 1}, "does nothing with algorithm.transform_mode"),
+        ("algorithm.params", {"a": 1}, "does nothing with algorithm.algorithm_mode"),
+        ("loss.clip_low", 0.1, r'does nothing with loss.kind = "importance_sampling"'),
+        ("backpressure.min_batch_size", 65, "is above max_batch_size = 64"),
+    ],
+)
+def test_settings_that_cannot_act_are_refused(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(source_with(key, value))
+    assert all(" Fix: " in line for line in str(caught.value).splitlines())
+
+
+def test_levels_without_arithmetic_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r'data.levels does nothing with data.source = "gsm8k"'):
+        load({"data": {"source": "gsm8k", "levels": [1]}})
+    load({"data": {"source": "gsm8k", "levels": [1]}, "eval": {"source": "arithmetic"}})
+
+
+def test_flash_attention_on_the_cpu_is_refused() -> None:
+    source = {**BASE, "inference": {"attention_kernel": "flash"}}
+    load(source)
+    with pytest.raises(ConfigError, match=r'needs CUDA, and backend.devices = "cpu"'):
+        load({**source, "backend": {"devices": "cpu"}})
+
+
+@pytest.mark.parametrize(
+    ("source", "announcement"),
+    [
+        (
+            {"algorithm": {"transform_mode": "none"}, "sepa": {"steps": 5, "delay_steps": 1}},
+            'sepa.steps, sepa.delay_steps do nothing with algorithm.transform_mode = "none".',
+        ),
+        ({"sepa": {"threshold": 0.5}}, 'sepa.threshold does nothing with sepa.schedule = "linear".'),
+        ({"hicra": {"alpha": 0.5}}, 'hicra.alpha does nothing with algorithm.transform_mode = "gtpo_sepa".'),
+        (
+            {"planning": {"threshold": 0.5}},
+            'planning.threshold does nothing with planning.detector = "regex".',
+        ),
+        ({"backpressure": {"max_batch_size": 9}}, "does nothing with backpressure.enabled = false."),
+        (
+            {"logging": {"wandb_tags": "a"}},
+            'logging.wandb_tags does nothing with logging.wandb_project = "".',
+        ),
+        (
+            {"reward": {"custom_function": "score"}},
+            'custom_function does nothing with reward.type = "match".',
+        ),
+        (
+            {"backend": {"devices": "cpu"}, "training": {"deterministic": True}},
+            'training.deterministic does nothing with backend.devices = "cpu".',
+        ),
+        (
+            {"eval": {"source": "", "every": 5}},
+            'eval.every does nothing with eval.source = "".',
+        ),
+        ({"training": {"warmup_steps": 500}}, "the learning rate reaches lr in the last step or never."),
+        ({"eval": {"source": "arithmetic", "split": "train"}}, "the evaluation uses the training tasks"),
+    ],
+)
+def test_settings_that_do_nothing_are_announced(source: dict[str, Any], announcement: str) -> None:
+    announced = load({**BASE, **source}).announcements
+    assert len(announced) == 1
+    assert announcement in announced[0]
+
+
+def test_nothing_is_announced_without_a_reason() -> None:
+    assert load(BASE).announcements == ()
+
+
+def test_shannon_entropy_needs_the_in_process_engine() -> None:
+    source = {**BASE, "algorithm": {"uncertainty_kind": "entropy"}}
+    load(source)
+    with pytest.raises(ConfigError, match="which only the in-process engine has"):
+        load({**source, "inference": {"engine": "vllm", "url": "http://x"}})
