@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from retrain import __version__
-from retrain.cli.main import COMMANDS, LATER, main
+from retrain.cli.commands import COMMANDS, LATER
+from retrain.cli.main import main
 from retrain.errors import RunError
 
 

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import retrain
-from retrain.cli.main import COMMANDS, LATER
+from retrain.cli.commands import COMMANDS, LATER
 from retrain.config import describe, fields, options, templates
 
 GOLDEN = Path(__file__).with_name("public_surface.txt")

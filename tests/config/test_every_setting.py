@@ -158,8 +158,36 @@ def test_an_accepted_configuration_dumps_and_loads_back_equal(source: dict[str, 
 
 
 PIECES = st.sampled_from(
-    '\n,=,[,],",\',{,},.,#,\0,é,true,-1,1e400,0x1,inf,1979-05-27,\r,""",source,lr'.split(",")
-    + [",", "[[data]]\n", "\n[data.levels]\n", "\n[training]\nlr = 1\n", "= 'x'\n", "[eval]\n"]
+    [
+        "\n",
+        "=",
+        "[",
+        "]",
+        '"',
+        "'",
+        "{",
+        "}",
+        ".",
+        "#",
+        "\x00",
+        "é",
+        "true",
+        "-1",
+        "1e400",
+        "0x1",
+        "inf",
+        "1979-05-27",
+        "\r",
+        '"""',
+        "source",
+        "lr",
+        ",",
+        "[[data]]\n",
+        "\n[data.levels]\n",
+        "\n[training]\nlr = 1\n",
+        "= 'x'\n",
+        "[eval]\n",
+    ]
 )
 
 

@@ -130,7 +130,7 @@ def _help() -> str:
 def _commands() -> str:
     import textwrap
 
-    from retrain.cli.main import COMMANDS, LATER
+    from retrain.cli.commands import COMMANDS, LATER
 
     rows = [f"  {name:<26}{meaning}" for name, (_, meaning) in COMMANDS.items()]
     rest = textwrap.fill(", ".join(LATER), width=100, initial_indent="  ", subsequent_indent="  ")

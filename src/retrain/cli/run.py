@@ -90,7 +90,7 @@ def _check_is_file(word: str) -> None:
         return
     import difflib
 
-    from retrain.cli.main import COMMANDS, LATER
+    from retrain.cli.commands import COMMANDS, LATER
 
     near = difflib.get_close_matches(word, [*COMMANDS, *LATER], n=1)
     hint = f"did you mean retrain {near[0]}?" if near else "`retrain --help` lists the commands."

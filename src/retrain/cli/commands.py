@@ -1,0 +1,33 @@
+"""Names of the commands: what this version builds, and what it only knows."""
+
+from __future__ import annotations
+
+COMMANDS = {
+    "demo": ("retrain.cli.run:demo", "train the embedded model on the CPU, in a few minutes"),
+    "init": ("retrain.cli.create:init", "write a configuration from a template"),
+    "man": ("retrain.cli.manual:man", "show the manual, or one topic of it"),
+}
+"""Built commands: what implements them, and what they do. Anything else is a run."""
+
+LATER = (
+    "init-plugin",
+    "explain",
+    "trace",
+    "doctor",
+    "resume-check",
+    "status",
+    "top",
+    "diff",
+    "report",
+    "replay",
+    "why",
+    "eval",
+    "sample",
+    "export",
+    "squeeze",
+    "backends",
+    "plugins",
+    "schema",
+    "bench",
+)
+"""Known commands that this version does not build."""
