@@ -17,7 +17,7 @@ test: .make/dev
 check: .make/dev
 	$(BIN)/ruff check src tests scripts && $(BIN)/lint-imports && $(BIN)/basedpyright
 
-proofs: .make/local
+proofs: .make/dev
 	$(BIN)/python scripts/proofs.py
 
 # torch goes first and pinned: an open range can pull gigabytes of CUDA packages onto a machine without a GPU.

@@ -56,7 +56,8 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         (folder / "tokenizer_config.json").write_text(json.dumps(facts))
 
     def make(
-        *, hidden: int = 64, layers: int = 2, heads: int = 2, kv_heads: int = 1, head_dim: int = 32, vocab: int = 0, seed: int = 0,
+        *, hidden: int = 64, layers: int = 2, heads: int = 2, kv_heads: int = 1, head_dim: int = 32, vocab: int = 0,
+        seed: int = 0,
         tokenizer: Path | None = None, generation: dict[str, Any] | None = None, scale: float = 1.0,
     ) -> Path:  # fmt: skip
         folder = tmp_path_factory.mktemp("model")
@@ -71,7 +72,8 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         eos, pad = loaded.token_to_id(settings["eos_token"]), loaded.token_to_id(settings["pad_token"])
         torch.manual_seed(seed)
         config = Qwen3Config(
-            vocab_size=vocab or loaded.get_vocab_size(), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+            vocab_size=vocab or loaded.get_vocab_size(), hidden_size=hidden, intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=4096,
             tie_word_embeddings=True, bos_token_id=None, eos_token_id=eos, pad_token_id=pad,
         )  # fmt: skip
@@ -101,8 +103,14 @@ def make_config() -> Callable[..., Any]:
             "lora": {"alpha": 32},
             "algorithm": {"advantage_mode": "grpo", "transform_mode": "none"},
             "training": {
-                "seed": 1, "max_steps": 4, "batch_size": 4, "group_size": 4, "max_tokens": 32, "temperature": 1.0, "lr": 1e-3,
-            },  # fmt: skip
+                "seed": 1,
+                "max_steps": 4,
+                "batch_size": 4,
+                "group_size": 4,
+                "max_tokens": 32,
+                "temperature": 1.0,
+                "lr": 1e-3,
+            },
             "data": {"source": "arithmetic"},
             "reward": {"type": "match"},
         }

@@ -25,7 +25,9 @@ def test_no_module_is_long_deep_or_badly_named(path):
     assert not FORBIDDEN_NAMES & {path.stem, path.parent.name}
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p.name != "__init__.py"], ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if p.name != "__init__.py"], ids=lambda p: str(p.relative_to(PACKAGE))
+)
 def test_every_module_opens_by_saying_what_it_does(path):
     doc = ast.get_docstring(ast.parse(path.read_text()))
     assert doc
@@ -44,7 +46,12 @@ def test_the_command_line_starts_without_the_heavy_packages():
         "import sys, retrain, retrain.cli.main; "
         "print([m for m in ('torch', 'transformers', 'pandas', 'pydantic', 'numpy', 'rich', 'tomlkit') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_the_tree_in_the_docs_equals_the_module_docstrings():

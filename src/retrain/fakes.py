@@ -114,7 +114,9 @@ class FakeBackend:
         self.version += 1
         norm = float(np.linalg.norm(gradient))
         kl = float(np.mean([r - 1 - np.log(r) for r in ratios]))
-        return StepReport(loss, False, norm, False, float(np.mean(ratios)), min(ratios), max(ratios), kl, "", 1)
+        return StepReport(
+            loss, False, norm, False, float(np.mean(ratios)), min(ratios), max(ratios), kl, "", 1
+        )
 
     def save(self, directory: Path) -> None:
         """Write the table, with an adapter directory as every backend has."""
@@ -155,10 +157,13 @@ class FakeEngine:
         for noise in uniforms(sampling.noise, n, limit):
             ids: list[int] = []
             for position in range(limit):
-                ids.append(int(np.searchsorted(mass[position].cumsum(), noise[position] * mass[position].sum(), side="right")))
+                level = float(noise[position]) * float(mass[position].sum())
+                ids.append(int((mass[position].cumsum() <= level).sum()))
                 if ids[-1] in sampling.stop_ids:
                     break
-            entropy = -(mass * logprobs).sum(-1)[: len(ids)].astype(np.float32) if sampling.want_entropy else None
+            entropy = (
+                -(mass * logprobs).sum(-1)[: len(ids)].astype(np.float32) if sampling.want_entropy else None
+            )
             picked = logprobs[np.arange(len(ids)), ids].astype(np.float32)
             stop = "stop" if ids[-1] in sampling.stop_ids else "length"
             out.append(Completion(np.array(ids, np.int32), picked, entropy, stop, self._weights.version))
@@ -176,7 +181,9 @@ class FakeReward:
     async def score(self, task: Task, rollouts_G: Sequence[Rollout]) -> list[Score]:
         """One pass/fail score per rollout."""
         return [
-            Score.failed(r.error) if r.error else Score(float(r.text == task.reference), r.text == task.reference)
+            Score.failed(r.error)
+            if r.error
+            else Score(float(r.text == task.reference), r.text == task.reference)
             for r in rollouts_G
         ]
 
@@ -194,7 +201,13 @@ class FakeTasks:
     def take(self, n: int) -> list[Task]:
         """The next ``n`` in a fixed cycle."""
         made = [
-            Task(f"fake/train/{d % len(self)}", (Message("user", "?"),), self._references[d % len(self)], "fake", d)
+            Task(
+                f"fake/train/{d % len(self)}",
+                (Message("user", "?"),),
+                self._references[d % len(self)],
+                "fake",
+                d,
+            )
             for d in range(self._draw, self._draw + n)
         ]
         self._draw += n

@@ -1,17 +1,20 @@
 """The policy: a Hugging Face causal model with a LoRA adapter, one copy of the base weights for sampling and
 learning. Leaves out: sampling itself, the loss, the optimizer."""
 
+# torch, peft and safetensors are only partly typed: what they return is Any here.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -94,12 +97,16 @@ class MemoryPlan:
     checkpointing: bool
 
     @classmethod
-    def for_model(cls, config: Any, device: torch.device, dtype: torch.dtype, parameters: int, longest: int) -> MemoryPlan:
+    def for_model(
+        cls, config: Any, device: torch.device, dtype: torch.dtype, parameters: int, longest: int
+    ) -> MemoryPlan:
         """Plan for a model of ``parameters`` weights and rows of at most ``longest`` tokens."""
         gigabytes = _CPU_CLASS_GB
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory / 2**30
-            gigabytes = max((c for c in _MEMORY_CLASSES_GB if c * 0.93 <= total), default=_MEMORY_CLASSES_GB[0])
+            gigabytes = max(
+                (c for c in _MEMORY_CLASSES_GB if c * 0.93 <= total), default=_MEMORY_CLASSES_GB[0]
+            )
         size = dtype.itemsize
         room = max(gigabytes * 2**30 * 0.9 - parameters * size, gigabytes * 2**30 * 0.1)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -112,7 +119,11 @@ class MemoryPlan:
         kept_bytes = layer_bytes * config.num_hidden_layers
         budget = room * 0.5
         checkpointing = device.type == "cuda" and budget / kept_bytes < 4 * longest
-        tokens = (budget - layer_bytes * longest) / (size * config.hidden_size * config.num_hidden_layers) if checkpointing else budget / kept_bytes
+        tokens = (
+            (budget - layer_bytes * longest) / (size * config.hidden_size * config.num_hidden_layers)
+            if checkpointing
+            else budget / kept_bytes
+        )
         head_tokens = max(16, min(8192, int(room * 0.05 / (config.vocab_size * 12))))
         ceiling = 65536 if device.type == "cuda" else 8192  # a CPU gains nothing past its caches
         return cls(kv_tokens, max(int(min(tokens, ceiling)), longest), head_tokens, checkpointing)
@@ -126,7 +137,9 @@ class _SelectedLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float, chunk: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden_NH: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float, chunk: int
+    ) -> torch.Tensor:
         values = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_NH.device)
         slopes = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets_N), chunk):
@@ -207,9 +220,12 @@ class AdaptedLinear(nn.Module):
         if self._mode.kind == "base":
             return F.linear(x, base.weight, base.bias)
         delta = F.linear(F.linear(x.float(), self.a), self.b * self.scale)
-        if base.bias is not None:
-            delta = delta + base.bias.float()
-        flat = torch.addmm(delta.reshape(-1, delta.shape[-1]).to(x.dtype), x.reshape(-1, x.shape[-1]), base.weight.T)
+        bias = cast("torch.Tensor | None", base.bias)
+        if bias is not None:
+            delta = delta + bias.float()
+        flat = torch.addmm(
+            delta.reshape(-1, delta.shape[-1]).to(x.dtype), x.reshape(-1, x.shape[-1]), base.weight.T
+        )
         return flat.reshape(*x.shape[:-1], flat.shape[-1])
 
 
@@ -240,7 +256,7 @@ class Policy:
         return sum(p.numel() for p in self.adapter.values())
 
     @contextmanager
-    def mode(self, kind: Literal["adapter", "merged", "base"]) -> Iterator[None]:
+    def mode(self, kind: Literal["adapter", "merged", "base"]) -> Generator[None]:
         """Run the forward with the adapter, with merged weights (float32 only), or without any adapter."""
         before, self._mode.kind = self._mode.kind, kind
         try:
@@ -263,14 +279,18 @@ class Policy:
         """Trade time for memory: recompute activations in the backward pass of a training-mode forward."""
         model = self.model
         # Renamed within transformers 5; the old name warns.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
         enable({"use_reentrant": False})
 
     def hidden(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, **kwargs: Any) -> Any:
         """Backbone output for (B, T) ids; ``last_hidden_state`` is (B, T, H)."""
         return self.backbone(input_ids=ids_BT, attention_mask=mask_BT, **kwargs)
 
-    def selected_logprobs(self, hidden_NH: torch.Tensor, targets_N: torch.Tensor, temperature: float, chunk: int) -> torch.Tensor:
+    def selected_logprobs(
+        self, hidden_NH: torch.Tensor, targets_N: torch.Tensor, temperature: float, chunk: int
+    ) -> torch.Tensor:
         """Temperature-scaled logprobs (N,) float32 of ``targets_N`` after hidden states (N, H), differentiable."""
         out: Any = _SelectedLogprobs.apply(hidden_NH, self.head, targets_N, temperature, chunk)
         return out
@@ -284,14 +304,21 @@ class Policy:
 
     def canary(self) -> Canary:
         """Sixteen fixed tokens as the learner scores them now."""
-        ids = (np.arange(1, 17, dtype=np.int64) * 2654435761 % int(self.model.config.vocab_size)).astype(np.int32)
+        ids = (np.arange(1, 17, dtype=np.int64) * 2654435761 % int(self.model.config.vocab_size)).astype(
+            np.int32
+        )
         with self.mode("adapter"):
             values = self.sequence_logprobs(ids).cpu().numpy()
         return Canary(ids, values, 1e-3 if self.dtype == torch.float32 else 0.1)
 
     def fingerprint(self) -> str:
         """A cheap digest of the adapter: changes when any tensor's sum or sum of squares does."""
-        sums = torch.stack([torch.stack((p.detach().double().sum(), p.detach().double().square().sum())) for p in self.adapter.values()])
+        sums = torch.stack(
+            [
+                torch.stack((p.detach().double().sum(), p.detach().double().square().sum()))
+                for p in self.adapter.values()
+            ]
+        )
         return hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()[:16]
 
     def base_checksum(self) -> str:
@@ -324,7 +351,9 @@ class Policy:
         for name, p in self.adapter.items():
             found = tensors.get(name)
             if found is None or found.shape != p.shape:
-                what = "is missing" if found is None else f"has shape {tuple(found.shape)}, not {tuple(p.shape)}"
+                what = (
+                    "is missing" if found is None else f"has shape {tuple(found.shape)}, not {tuple(p.shape)}"
+                )
                 raise ModelError(
                     f"{directory}: the adapter does not fit this model: {name} {what}.",
                     fix="resume with the model, lora_rank and adapter that the run was started with.",
@@ -344,7 +373,9 @@ class Policy:
         ids = torch.arange(1, 5, device=self.device)[None] % int(self.model.config.vocab_size)
         with torch.no_grad(), self.mode("base"):
             theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
-            ours = self.head.logits(self.hidden(ids, torch.ones_like(ids), use_cache=False).last_hidden_state[0])
+            ours = self.head.logits(
+                self.hidden(ids, torch.ones_like(ids), use_cache=False).last_hidden_state[0]
+            )
         bound = 1e-3 if self.dtype == torch.float32 else 0.05 * float(theirs.abs().max())
         if float((theirs - ours).abs().max()) > bound:
             raise ModelError(
@@ -353,7 +384,9 @@ class Policy:
             )
 
 
-def _attach(model: Any, lora: Any, seed: int, mode: _Mode) -> tuple[dict[str, AdaptedLinear], dict[str, nn.Parameter]]:
+def _attach(
+    model: Any, lora: Any, seed: int, mode: _Mode
+) -> tuple[dict[str, AdaptedLinear], dict[str, nn.Parameter]]:
     """Let PEFT place and initialise the adapter, then put our forward in place of its layers."""
     from peft import inject_adapter_in_model
     from peft.tuners.lora.layer import Linear as PeftLinear
@@ -361,7 +394,7 @@ def _attach(model: Any, lora: Any, seed: int, mode: _Mode) -> tuple[dict[str, Ad
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(lora, model)
-        modules = {n: m for n, m in model.named_modules() if isinstance(m, PeftLinear)}
+        modules: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, PeftLinear)}
         # PEFT draws A in the module's dtype and on its device; drawing float32 on the CPU keeps one seed one
         # adapter everywhere.
         for module in modules.values():
@@ -369,7 +402,9 @@ def _attach(model: Any, lora: Any, seed: int, mode: _Mode) -> tuple[dict[str, Ad
             fresh = torch.empty(a.shape, dtype=torch.float32)
             nn.init.kaiming_uniform_(fresh, a=5**0.5)
             a.data = fresh.to(a.device)
-            module.lora_B["default"].weight.data = torch.zeros_like(module.lora_B["default"].weight, dtype=torch.float32)
+            module.lora_B["default"].weight.data = torch.zeros_like(
+                module.lora_B["default"].weight, dtype=torch.float32
+            )
     layers: dict[str, AdaptedLinear] = {}
     adapter: dict[str, nn.Parameter] = {}
     for name, module in modules.items():

@@ -93,12 +93,19 @@ def load(kind: str, name: str) -> Any:
         extra = {"torch": "local", "transformers": "local", "peft": "local"}.get(missing.split(".")[0])
         raise PluginError(
             f"{kind} {name!r} needs the module {missing!r}, which is not installed.",
-            fix=f'pip install "retrain[{extra}]".' if extra else "install it, or add its folder to [plugins] search_paths.",
+            fix=f'pip install "retrain[{extra}]".'
+            if extra
+            else "install it, or add its folder to [plugins] search_paths.",
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise PluginError(f"{kind} {name!r}: {module_name} has no {part!r}.", fix="correct the dotted path.")
+            raise PluginError(
+                f"{kind} {name!r}: {module_name} has no {part!r}.", fix="correct the dotted path."
+            )
         found = getattr(found, part)
     if not callable(found):
-        raise PluginError(f"{kind} {name!r} is a {type(found).__name__}, not something to call.", fix="name a function or class.")
+        raise PluginError(
+            f"{kind} {name!r} is a {type(found).__name__}, not something to call.",
+            fix="name a function or class.",
+        )
     return found

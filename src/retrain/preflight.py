@@ -3,15 +3,16 @@ whether it will be byte-exact, what the data and the sampler's settings imply.""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from retrain.algorithms.credit import build_schedule
 from retrain.config.schema import Config
 from retrain.errors import ConfigError, ResumeError
+from retrain.protocols import Renderer
 from retrain.tracking import layout
 from retrain.types import Task
 
@@ -43,7 +44,10 @@ def choose_directory(config: Config, *, overwrite: bool, fork: bool) -> Place:
     """The run directory; a directory that already holds a run is refused unless the user said what to do."""
     if config.resume.from_:
         if overwrite or fork:
-            raise ConfigError("--resume continues a run and cannot be combined with --overwrite or --fork.", fix="give one of them.")
+            raise ConfigError(
+                "--resume continues a run and cannot be combined with --overwrite or --fork.",
+                fix="give one of them.",
+            )
         directory = Path(config.resume.from_)
         if not layout.holds_run(directory):
             raise ResumeError(f"{directory} holds no run.", fix="name the log_dir of an earlier run.")
@@ -92,8 +96,8 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], prefix: 
     return changed
 
 
-def check_resume(before: Config, now: Config, completed: int) -> None:
-    """ResumeError when a setting differs that changes what a step computes, or max_steps lies behind."""
+def check_resume(before: Config, now: Config) -> None:
+    """ResumeError when a setting differs that changes what a step computes."""
     changed = changed_settings(before.model_dump(), now.model_dump())
     barred = [name for name in changed if not name.startswith(NEUTRAL_ON_RESUME)]
     if barred:
@@ -101,6 +105,10 @@ def check_resume(before: Config, now: Config, completed: int) -> None:
             f"{', '.join(barred)} differ(s) from the run that is to be resumed.",
             fix="resume without these changes, or start a new run with another --log-dir.",
         )
+
+
+def check_steps(now: Config, completed: int) -> None:
+    """ResumeError when the run has already gone further than it is told to."""
     if now.training.max_steps < completed:
         raise ResumeError(
             f"training.max_steps = {now.training.max_steps} but the run has already completed {completed} steps.",
@@ -108,10 +116,17 @@ def check_resume(before: Config, now: Config, completed: int) -> None:
         )
 
 
-def inexact_because(config: Config, before: Mapping[str, Any], now: Mapping[str, Any], reward_errors: int) -> list[str]:
+def inexact_because(
+    config: Config, before: Mapping[str, Any], now: Mapping[str, Any], reward_errors: int
+) -> list[str]:
     """Why a resumed run may differ from an uninterrupted one in the last bits; empty when it will not."""
     reasons: list[str] = []
-    names = {"machine": "the processor", "device": "the device", "threads": "the thread count", "code": "retrain's own code"}
+    names = {
+        "machine": "the processor",
+        "device": "the device",
+        "threads": "the thread count",
+        "code": "retrain's own code",
+    }
     for key in sorted({*before, *now} - {"git"}):
         if before.get(key) != now.get(key):
             what = names.get(key, f"the version of {key}" if key not in ("dtype", "deterministic") else key)
@@ -123,43 +138,56 @@ def inexact_because(config: Config, before: Mapping[str, Any], now: Mapping[str,
     return reasons
 
 
-def check_lengths(longest_prompt: int, config: Config, context: int | None) -> None:
-    """ConfigError when a prompt and its completion cannot fit the model's positions."""
-    needed = longest_prompt + config.training.max_tokens
-    if context and needed > context:
+def check_lengths(config: Config, renderer: Renderer, tasks: Sequence[Task], context: int | None) -> None:
+    """ConfigError when the longest prompt and its completion cannot fit the model's positions."""
+    if not context:
+        return
+    # Encoding every prompt takes seconds; the longest by characters hold the longest by tokens, near enough.
+    longest = sorted(tasks, key=lambda t: -sum(len(m.content) for m in t.messages))[:16]
+    prompt = max((len(renderer.encode(t.messages)) for t in longest), default=0)
+    needed = prompt + config.training.max_tokens
+    if needed > context:
         raise ConfigError(
-            f"the longest prompt has {longest_prompt} tokens; with training.max_tokens = {config.training.max_tokens} a rollout "
-            f"may need {needed} positions, but {config.model.model} has {context}.",
-            fix=f"set training.max_tokens to at most {max(1, context - longest_prompt)}.",
+            f"the longest prompt has {prompt} tokens; with training.max_tokens = {config.training.max_tokens} a rollout may "
+            f"need {needed} positions, but {config.model.model} has {context}.",
+            fix=f"set training.max_tokens to at most {max(1, context - prompt)}.",
         )
 
 
-def advice(config: Config, tasks: Sequence[Task], ignored_generation_settings: Mapping[str, Any]) -> list[str]:
-    """Plain sentences about what the settings imply for this data and model."""
+def advice(
+    config: Config, tasks: Sequence[Task], held_out: Sequence[Task], ignored: Mapping[str, Any]
+) -> list[str]:
+    """Plain sentences about what the settings imply for this data and model; ``ignored`` is what the model's
+    generation_config was not allowed to set."""
     found: list[str] = []
-    if ignored_generation_settings:
-        listed = ", ".join(f"{k} = {v}" for k, v in sorted(ignored_generation_settings.items()))
-        found.append(f"The model's generation_config wants {listed}: not used, sampling is what the configuration says.")
+    if ignored:
+        listed = ", ".join(f"{k} = {v}" for k, v in sorted(ignored.items()))
+        found.append(
+            f"The model's generation_config sets {listed}: not used, sampling is what the configuration says."
+        )
     if config.training.top_p < 1:
-        found.append("top_p < 1 samples from a truncated policy; logprobs and the ratio describe the whole one.")
+        found.append(
+            "top_p < 1 samples from a truncated policy; logprobs and the ratio describe the whole one."
+        )
+    seen = {t.messages for t in tasks}
+    leaked = sum(t.messages in seen for t in held_out)
+    if leaked:
+        found.append(
+            f"{leaked} of {len(held_out)} evaluation tasks are training tasks as well: their accuracy is not held out."
+        )
     if config.reward.type == "match":
         odd = sum(re.fullmatch(r"-?\d+", t.reference.strip()) is None for t in tasks)
         if odd > 0.05 * len(tasks):
             found.append(
-                f"{odd / len(tasks):.0%} of the references are not plain integers: string match will miss equal answers "
-                'that are written differently (reward type "math" will compare them symbolically).'
+                f"{odd / len(tasks):.0%} of the references are not plain integers: string match misses equal answers that "
+                "are written differently."
             )
-    if config.algorithm.transform_mode == "gtpo_sepa" and config.sepa.schedule == "linear":
+    if config.algorithm.transform_mode == "gtpo_sepa":
         steps = config.training.max_steps
-        last = 0.0 if config.sepa.steps <= 0 else min(1.0, max(0.0, (steps - 1 - config.sepa.delay_steps) / config.sepa.steps))
-        if last < 0.5:
+        first, middle, last = build_schedule(config).linear_lambdas([0, steps // 2, steps - 1])
+        if last < 0.5 and config.sepa.schedule == "linear":
             found.append(
-                f"SEPA's lambda reaches only {last:.2f} at the last step (delay_steps = {config.sepa.delay_steps}, steps = "
-                f"{config.sepa.steps}, max_steps = {steps}): the run is close to plain gtpo."
+                f"SEPA's lambda is {first:.2f}, {middle:.2f} and {last:.2f} at the first, middle and last step (sepa.delay_steps "
+                f"= {config.sepa.delay_steps}, sepa.steps = {config.sepa.steps}): the run stays close to plain gtpo."
             )
     return found
-
-
-def cpu_count() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

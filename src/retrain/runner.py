@@ -7,7 +7,7 @@ import logging
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +21,14 @@ from retrain.tracking import layout
 from retrain.tracking.run_log import write_atomically
 from retrain.training.build import build
 from retrain.training.loop import Parts, train
-from retrain.types import RunResult
+from retrain.types import RunResult, Task
 
 log = logging.getLogger("retrain")
 
 
-async def run(config: Config | Mapping[str, Any] | str | Path, *, overwrite: bool = False, fork: bool = False) -> RunResult:
+async def run(
+    config: Config | Mapping[str, Any] | str | Path, *, overwrite: bool = False, fork: bool = False
+) -> RunResult:
     """Train as ``config`` says (a Config, a nested mapping, or the path of a TOML file).
 
     The loop itself is plain and runs in a thread, so that other coroutines go on. Errors are RetrainError.
@@ -62,9 +64,6 @@ def execute(
             log.info(place.note)
         for line in loaded.announcements:
             log.info(line)
-        if config.training.seed < 0:
-            config = _with(config, "training", seed=secrets.randbelow(2**31))
-            log.info("training.seed = -1: drew seed %d (recorded in %s).", config.training.seed, layout.CONFIG)
         config = _with(config, "logging", log_dir=str(place.directory))
         return _run(config, place, plain=plain, stop=stop)
 
@@ -72,14 +71,26 @@ def execute(
 def _run(config: Config, place: preflight.Place, *, plain: bool, stop: threading.Event) -> RunResult:
     directory = place.directory
     start = 0
-    if place.how == "resume":
-        before = load(directory / layout.CONFIG).config
-        config = _with(config, "training", seed=before.training.seed)
-    with build(config, directory, fresh=place.how == "new", plain=plain) as parts:
-        if place.how == "resume":
-            start = _restore(config, before, parts)
+    before = load(directory / layout.CONFIG).config if place.how == "resume" else None
+    if config.training.seed < 0:
+        seed = secrets.randbelow(2**31) if before is None else before.training.seed
+        config = _with(config, "training", seed=seed)
+        log.info("training.seed = -1: the seed is %d (recorded in %s).", seed, layout.CONFIG)
+    if before is not None:
+        preflight.check_resume(before, config)
+
+    def check(renderer: Any, tasks: Sequence[Task], held_out: Sequence[Task]) -> None:
+        preflight.check_lengths(config, renderer, (*tasks, *held_out), renderer.context_length)
+        for line in preflight.advice(config, tasks, held_out, renderer.ignored_generation_settings):
+            log.info("note: %s", line)
+
+    with build(config, directory, fresh=place.how == "new", plain=plain, check=check) as parts:
+        if before is not None:
+            start = _restore(config, parts)
         write_atomically(directory / layout.CONFIG, dump_toml(_with(config, "resume", from_="")))
-        parts.log.begin({"facts": parts.facts, "started_at_step": start, "max_steps": config.training.max_steps})
+        parts.log.begin(
+            {"facts": parts.facts, "started_at_step": start, "max_steps": config.training.max_steps}
+        )
         status: Literal["done", "interrupted", "failed"] = "failed"
         try:
             status = train(config, parts, stop)
@@ -89,11 +100,11 @@ def _run(config: Config, place: preflight.Place, *, plain: bool, stop: threading
         return RunResult(status, parts.counters.step, str(directory))
 
 
-def _restore(config: Config, before: Config, parts: Parts) -> int:
+def _restore(config: Config, parts: Parts) -> int:
     """Bring every part back to the newest intact checkpoint and say whether the rest will be byte-exact."""
     path, state = parts.checkpoints.newest()
     step = int(state["step"])
-    preflight.check_resume(before, config, step)
+    preflight.check_steps(config, step)
     parts.backend.restore(path)
     for name, part in parts.stateful.items():
         part.load_state_dict(state[name])
@@ -123,7 +134,7 @@ def _with(config: Config, section: str, **values: Any) -> Config:
 
 
 @contextmanager
-def _logging(directory: Path, *, debug: bool) -> Iterator[None]:
+def _logging(directory: Path, *, debug: bool) -> Generator[None]:
     """Show the package's log on the console and keep all of it in events.log."""
     file = logging.FileHandler(directory / layout.EVENTS, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -35,7 +35,11 @@ def step_line(step: int, m: Mapping[str, Any]) -> str:
         f"cut={number('max_token_hit_rate', '.1%')}",
         f"ent={number('entropy_mean', '.3f')}",
     ]
-    skipped = {k.removeprefix("skipped_"): v for k, v in m.items() if k.startswith("skipped_") and k != "skipped_update" and v}
+    skipped = {
+        k.removeprefix("skipped_"): v
+        for k, v in m.items()
+        if k.startswith("skipped_") and k != "skipped_update" and v
+    }
     if skipped:
         parts.append("skipped=" + ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in skipped.items()))
     return " | ".join(parts)
@@ -58,7 +62,8 @@ class ConsoleSink:
         self._progress: Progress | None = None
         if self._console.is_terminal and not plain:
             self._progress = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
                 console=self._console,
             )  # fmt: skip
             self._task = self._progress.add_task("training", total=total_steps, note="")

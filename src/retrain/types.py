@@ -152,7 +152,10 @@ class Rollout:
         if self.entropies_T is not None:
             arrays = (*arrays, self.entropies_T)
         _require(all(len(a) == n for a in arrays), f"rollout of {self.task_id!r}: arrays differ in length")
-        _require((self.stop == "error") == bool(self.error), "a rollout has an error text exactly when it stopped on one")
+        _require(
+            (self.stop == "error") == bool(self.error),
+            "a rollout has an error text exactly when it stopped on one",
+        )
         if self.stop == "error":
             return
         _require(bool(self.sampled_T.any()), f"rollout of {self.task_id!r} holds no sampled token")
@@ -209,7 +212,8 @@ class ScoredGroup:
     def valid_G(self) -> BoolArray:
         """True for members without an error of the environment, the engine or the reward."""
         return np.array(
-            [r.stop != "error" and not s.error for r, s in zip(self.rollouts_G, self.scores_G, strict=True)], dtype=bool
+            [r.stop != "error" and not s.error for r, s in zip(self.rollouts_G, self.scores_G, strict=True)],
+            dtype=bool,
         )
 
 
@@ -235,10 +239,14 @@ class CreditedGroup:
             ("uncertainty", self.uncertainty_G_T),
             ("planning", self.planning_G_T),
         ):
-            _require([len(a) for a in arrays] == lengths, f"task {self.scored.task.id!r}: {name} differ in length")
+            _require(
+                [len(a) for a in arrays] == lengths, f"task {self.scored.task.id!r}: {name} differ in length"
+            )
         for r, a in zip(self.scored.rollouts_G, self.advantages_G_T, strict=True):
             _require(bool(np.isfinite(a).all()), f"task {r.task_id!r}: an advantage is not finite")
-            _require(not a[~r.sampled_T].any(), f"task {r.task_id!r}: an advantage outside the sampled tokens")
+            _require(
+                not a[~r.sampled_T].any(), f"task {r.task_id!r}: an advantage outside the sampled tokens"
+            )
 
 
 @dataclass(frozen=True, slots=True)

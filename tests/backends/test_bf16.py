@@ -32,7 +32,9 @@ def scores(backend, rows):
     out = []
     with torch.no_grad(), backend.policy.mode("adapter"):
         hidden = backend.policy.hidden(ids, torch.ones_like(ids), use_cache=False).last_hidden_state[:, :-1]
-        out = backend.policy.selected_logprobs(hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1), 1.0, 512)
+        out = backend.policy.selected_logprobs(
+            hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1), 1.0, 512
+        )
     return out.double().numpy()
 
 
@@ -43,7 +45,10 @@ def test_one_update_moves_bf16_logprobs_as_far_as_float32(make_config, model):
         pair = {}
         for dtype in ("bf16", "fp32"):
             config = make_config(
-                model={"model": model, "lora_rank": 32}, lora={"alpha": 64}, inference={"dtype": dtype}, training={"seed": seed}
+                model={"model": model, "lora_rank": 32},
+                lora={"alpha": 64},
+                inference={"dtype": dtype},
+                training={"seed": seed},
             )
             pair[dtype] = local.build(config, None)
         rng = np.random.default_rng(seed)
@@ -59,7 +64,9 @@ def test_one_update_moves_bf16_logprobs_as_far_as_float32(make_config, model):
             old = np.full(96, np.nan, np.float32)
             old[sampled] = before["bf16"].reshape(48, 95)[i][7:]
             train.append(TrainRow(ids, sampled, old, np.where(sampled, rng.normal(), 0).astype(np.float32)))
-        report = half.train_step(TrainBatch(tuple(train), 16 * 88, 16, 1, 1.0), OptimStep(4e-5, 0.0, 0.9, 0.95, 1e-8, 1.0))
+        report = half.train_step(
+            TrainBatch(tuple(train), 16 * 88, 16, 1, 1.0), OptimStep(4e-5, 0.0, 0.9, 0.95, 1e-8, 1.0)
+        )
         assert not report.update_skipped
         with torch.no_grad():
             for p, q in zip(single.policy.adapter.values(), half.policy.adapter.values(), strict=True):
@@ -86,7 +93,9 @@ def test_the_bf16_sampler_agrees_with_the_bf16_learner(make_config, model):
     gaps = []
     for completion in got:
         with backend.policy.mode("adapter"):
-            scored = backend.policy.sequence_logprobs(np.concatenate([prompt, completion.token_ids_T])).numpy()
+            scored = backend.policy.sequence_logprobs(
+                np.concatenate([prompt, completion.token_ids_T])
+            ).numpy()
         gaps.append(scored[len(prompt) - 1 :] - completion.logprobs_T)
     gap = np.concatenate(gaps)
     assert np.abs(gap).mean() < 0.05

@@ -57,7 +57,9 @@ def make_batch(seed=0, rows=12, temperature=0.7, vocab=250, off_policy=0.1, back
         if backend is not None:
             with backend.policy.mode("adapter"):
                 scored = backend.policy.sequence_logprobs(ids, temperature).numpy()
-            old[1:][sampled[1:]] = scored[sampled[1:]] + rng.normal(0, off_policy, int(sampled[1:].sum())).astype(np.float32)
+            old[1:][sampled[1:]] = scored[sampled[1:]] + rng.normal(
+                0, off_policy, int(sampled[1:].sum())
+            ).astype(np.float32)
         advantages = np.where(sampled, rng.normal(), 0).astype(np.float32)
         made.append(TrainRow(ids, sampled, old, advantages))
     tokens = sum(int(r.sampled_T.sum()) for r in made)
@@ -77,8 +79,12 @@ def naive(backend, batch, agg):
     """The same loss token by token in float64: full logits, no chunks, no batching, adapter applied by hand."""
     policy = backend.policy
     model = policy.model.double()
+
+    def plainly(layer):
+        return lambda x: torch.nn.functional.linear(x, layer.base.weight + layer.delta())
+
     for layer in policy.layers.values():
-        layer.forward = (lambda layer: lambda x: torch.nn.functional.linear(x, layer.base.weight + layer.delta()))(layer)
+        layer.forward = plainly(layer)
     parameters = list(policy.adapter.values())
     total = torch.zeros((), dtype=torch.float64)
     for row in batch.rows:
@@ -137,7 +143,10 @@ def test_the_head_may_be_cut_into_any_chunks(make_backend):
 def test_leaving_out_rows_without_signal_changes_no_gradient(make_backend):
     backend = make_backend()
     batch = make_batch(backend=backend)
-    silent = [replace(row, advantages_T=np.zeros_like(row.advantages_T)) if i % 2 else row for i, row in enumerate(batch.rows)]
+    silent = [
+        replace(row, advantages_T=np.zeros_like(row.advantages_T)) if i % 2 else row
+        for i, row in enumerate(batch.rows)
+    ]
     _, kept = flat_gradient(backend, replace(batch, rows=tuple(silent)))
     _, left = flat_gradient(backend, replace(batch, rows=tuple(silent[::2])))
     assert distance(left, kept) <= 1e-6
@@ -213,7 +222,12 @@ def test_save_and_restore_continue_the_very_same_steps(make_backend, tmp_path):
     backend.train_step(batch, OPTIM)
     backend.save(tmp_path)
     names = sorted(p.name for p in tmp_path.rglob("*") if p.is_file())
-    assert names == ["adapter_config.json", "adapter_model.safetensors", "learner.json", "optimizer.safetensors"]
+    assert names == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "learner.json",
+        "optimizer.safetensors",
+    ]
     backend.train_step(batch, OPTIM)
     other = make_backend()
     other.restore(tmp_path)

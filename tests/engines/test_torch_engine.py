@@ -54,7 +54,7 @@ def generate(engine, requests):
 @pytest.fixture
 def ready(make_config, random_model):
     model = str(random_model(scale=2.0))
-    config, renderer, backend, engine = pair(make_config, model={"model": model, "lora_rank": 4})
+    _, renderer, backend, engine = pair(make_config, model={"model": model, "lora_rank": 4})
     shake(backend)
     engine.load(backend.publish())
     yield backend, engine, renderer
@@ -92,10 +92,16 @@ def test_the_sample_follows_the_tempered_distribution():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(-30, 30), min_size=2, max_size=60), st.floats(0, 1, exclude_max=True), st.floats(0.05, 1.0))
+@given(
+    st.lists(st.floats(-30, 30), min_size=2, max_size=60),
+    st.floats(0, 1, exclude_max=True),
+    st.floats(0.05, 1.0),
+)
 def test_a_token_without_mass_is_never_drawn(values, u, top_p):
     logits = torch.tensor([values])
-    ids, logprobs, _ = sample_tokens(logits, torch.ones(1), torch.tensor([top_p]), torch.tensor([u], dtype=torch.float64), False)
+    ids, logprobs, _ = sample_tokens(
+        logits, torch.ones(1), torch.tensor([top_p]), torch.tensor([u], dtype=torch.float64), False
+    )
     p = torch.softmax(logits.double(), -1)[0]
     order = p.argsort(descending=True, stable=True)
     before = p[order].cumsum(0) - p[order]
@@ -124,7 +130,9 @@ def test_logprobs_and_entropies_equal_a_plain_float64_forward(ready, temperature
         logprobs = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
         picked = logprobs.gather(1, ids[0, len(prompt) :, None]).squeeze(1).numpy()
         np.testing.assert_allclose(completion.logprobs_T, picked, atol=2e-5)
-        np.testing.assert_allclose(completion.entropies_T, -(logprobs.exp() * logprobs).sum(-1).numpy(), atol=1e-4)
+        np.testing.assert_allclose(
+            completion.entropies_T, -(logprobs.exp() * logprobs).sum(-1).numpy(), atol=1e-4
+        )
         assert completion.weights_version == 1
 
 
@@ -161,7 +169,10 @@ def test_a_position_offset_continues_the_same_noise(ready):
     _, engine, _ = ready
     whole = generate(engine, [([5, 9], 1, sampling(max_tokens=6, stop_ids=()))])[0][0]
     start, rest = whole.token_ids_T[:2], whole.token_ids_T[2:]
-    again = generate(engine, [([5, 9, *start], 1, sampling(max_tokens=4, stop_ids=(), noise=NoiseKey(7, 3, 0, position=2)))])[0][0]
+    again = generate(
+        engine,
+        [([5, 9, *start], 1, sampling(max_tokens=4, stop_ids=(), noise=NoiseKey(7, 3, 0, position=2)))],
+    )[0][0]
     np.testing.assert_array_equal(rest, again.token_ids_T)
 
 
@@ -188,7 +199,7 @@ def test_a_hostile_generation_config_changes_nothing(make_config, random_model):
     outputs = []
     for generation in (None, hostile):
         model = str(random_model(scale=2.0, generation=generation))
-        config, renderer, backend, engine = pair(make_config, model={"model": model})
+        _, renderer, backend, engine = pair(make_config, model={"model": model})
         engine.load(backend.publish())
         got = generate(engine, [([5, 9, 30], 64, sampling(stop_ids=(), max_tokens=3))])[0]
         outputs.append(np.stack([c.token_ids_T for c in got]))

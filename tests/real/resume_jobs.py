@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import peft  # noqa: F401
-import torch  # noqa: F401
+import torch
 import transformers  # noqa: F401
 
 from retrain.config.load import load
@@ -60,7 +60,9 @@ def main() -> None:
                 os.kill(pid, signal.SIGKILL)
                 killed = True
             time.sleep(0.005)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status), "output": log.read_text()}), flush=True)
+        print(
+            json.dumps({"status": os.waitstatus_to_exitcode(status), "output": log.read_text()}), flush=True
+        )
 
 
 if __name__ == "__main__":

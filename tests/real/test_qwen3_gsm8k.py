@@ -33,7 +33,8 @@ def config(model, shared, run, **changes):
         "backend": {"devices": "cpu"},
         "model": {"model": str(model), "lora_rank": 8},
         "algorithm": {"advantage_mode": "grpo", "transform_mode": "gtpo_hicra"},
-        "training": {"seed": 3, "max_steps": 2, "batch_size": 2, "group_size": 4, "max_tokens": 12, "temperature": 1.0, "lr": 5e-3},
+        "training": {"seed": 3, "max_steps": 2, "batch_size": 2, "group_size": 4, "max_tokens": 12, "temperature": 1.0,
+            "lr": 5e-3},
         "data": {"source": "gsm8k", "path": str(shared / "data/gsm8k")},
         "reward": {"type": "match"},
         "logging": {"log_dir": str(run)},
@@ -81,7 +82,10 @@ def test_planning_spans_are_exact_on_tokens_of_the_real_tokenizer(model):
     tokenizer = AutoTokenizer.from_pretrained(str(model))
     detect = RegexDetector()
     for text, phrases in (
-        ("So 12 apples. Wait, let me count again: that's not right at all.", ["Wait, let me", "that's not right"]),
+        (
+            "So 12 apples. Wait, let me count again: that's not right at all.",
+            ["Wait, let me", "that's not right"],
+        ),
         ("that\u2019s not right, WAIT let  me", ["that\u2019s not right", "WAIT let  me"]),
         ("await let me; nothing here\nwait\nlet me", []),
     ):

@@ -1,6 +1,9 @@
 """The local learner: PyTorch forward and backward over a LoRA adapter, in microbatches whose plan depends only
 on configuration and lengths. Leaves out: more than one device, more than one update per batch."""
 
+# torch, peft and safetensors are only partly typed: what they return is Any here.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import json
@@ -92,7 +95,12 @@ class LocalBackend:
                 for g in gradients:
                     g.mul_(optim.grad_clip / norm)
             for group in self._adam.param_groups:
-                group.update(lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=optim.weight_decay)
+                group.update(
+                    lr=optim.lr,
+                    betas=(optim.beta1, optim.beta2),
+                    eps=optim.eps,
+                    weight_decay=optim.weight_decay,
+                )
             self._adam.step()
             self._version += 1
         self._adam.zero_grad(set_to_none=True)
@@ -144,13 +152,19 @@ class LocalBackend:
             policy = self.policy
             # The longest row that the configuration allows decides, not the longest of the first step.
             bound = max(longest, self._config.training.max_tokens)
-            self._plan = MemoryPlan.for_model(policy.model.config, policy.device, policy.dtype, policy.parameters_total, bound)
+            self._plan = MemoryPlan.for_model(
+                policy.model.config, policy.device, policy.dtype, policy.parameters_total, bound
+            )
             if self._plan.checkpointing:
                 self.policy.recompute_activations()
         return self._plan
 
     def _microbatch(
-        self, rows: Sequence[TrainRow], weights: Sequence[npt.NDArray[np.float64]], temperature: float, memory: MemoryPlan
+        self,
+        rows: Sequence[TrainRow],
+        weights: Sequence[npt.NDArray[np.float64]],
+        temperature: float,
+        memory: MemoryPlan,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         policy, device = self.policy, self.policy.device
         width = max(len(row.token_ids_T) for row in rows)
@@ -166,7 +180,9 @@ class LocalBackend:
         policy.model.train(memory.checkpointing)
         try:
             with policy.mode("adapter"):
-                hidden = policy.hidden(ids_BT, torch.as_tensor(mask, device=device), use_cache=False).last_hidden_state
+                hidden = policy.hidden(
+                    ids_BT, torch.as_tensor(mask, device=device), use_cache=False
+                ).last_hidden_state
         finally:
             policy.model.eval()
         new = policy.selected_logprobs(hidden[before], ids_BT[chosen], temperature, memory.head_tokens)
@@ -198,7 +214,9 @@ class LocalBackend:
         facts = {
             "version": self._version,
             "updates": updates,
-            "memory_plan": None if plan is None else [plan.kv_tokens, plan.microbatch_tokens, plan.head_tokens, plan.checkpointing],
+            "memory_plan": None
+            if plan is None
+            else [plan.kv_tokens, plan.microbatch_tokens, plan.head_tokens, plan.checkpointing],
         }
         (directory / "learner.json").write_text(json.dumps(facts, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -5,6 +5,9 @@ entropy, when asked) comes from the temperature-scaled distribution before top-p
 a running batch, and any kernel of our own.
 """
 
+# torch, peft and safetensors are only partly typed: what they return is Any here.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import asyncio
@@ -45,7 +48,11 @@ class _Row:
 
 
 def sample_tokens(
-    logits_BV: torch.Tensor, temperature_B: torch.Tensor, top_p_B: torch.Tensor, uniform_B: torch.Tensor, entropy: bool
+    logits_BV: torch.Tensor,
+    temperature_B: torch.Tensor,
+    top_p_B: torch.Tensor,
+    uniform_B: torch.Tensor,
+    entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Draw one token per row by inverse CDF; returns ids, their tempered logprobs and entropies (nats).
 
@@ -65,7 +72,9 @@ def sample_tokens(
     cumulative = mass.cumsum(-1)
     total = cumulative[:, -1:]
     # Rounding can put u * total at the total itself; just below it, the first larger entry always has mass.
-    target = torch.minimum(uniform_B[:, None].to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
+    target = torch.minimum(
+        uniform_B[:, None].to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total))
+    )
     ids = torch.searchsorted(cumulative, target, right=True)
     return ids.squeeze(1), logprobs.gather(1, ids).squeeze(1), entropies
 
@@ -90,7 +99,10 @@ class TorchEngine:
     def load(self, weights: Weights) -> None:
         """Take over the learner's weights and prove by the canary that they are what will be sampled."""
         if not isinstance(weights, SharedWeights):
-            raise EngineError("the in-process engine samples only from a learner in the same process.", fix='use backend = "local".')
+            raise EngineError(
+                "the in-process engine samples only from a learner in the same process.",
+                fix='use backend = "local".',
+            )
         if self._loaded == weights.fingerprint and self._policy is weights.policy:
             self._version = weights.version
             return
@@ -160,7 +172,9 @@ class TorchEngine:
         """Cut the rows where their caches would outgrow the memory plan, keeping groups together where they fit."""
         longest = max(len(r.prompt_ids) + r.sampling.max_tokens for r in requests)
         if self._plan is None:
-            self._plan = MemoryPlan.for_model(policy.model.config, policy.device, policy.dtype, policy.parameters_total, longest)
+            self._plan = MemoryPlan.for_model(
+                policy.model.config, policy.device, policy.dtype, policy.parameters_total, longest
+            )
         limit = self._max_rows or max(1, self._plan.kv_tokens // longest)
         chunks: list[list[_Row]] = [[]]
         for i, request in enumerate(requests):
@@ -176,9 +190,15 @@ class TorchEngine:
     def _run(self, policy: Policy, requests: Sequence[_Request], rows: Sequence[_Row]) -> list[Completion]:
         device = policy.device
         samplings = [requests[row.request].sampling for row in rows]
-        numbers = list(dict.fromkeys(row.request for row in rows)) if self._share_prefill else [row.request for row in rows]
+        numbers = (
+            list(dict.fromkeys(row.request for row in rows))
+            if self._share_prefill
+            else [row.request for row in rows]
+        )
         prompts = [requests[i].prompt_ids for i in numbers]
-        source = [numbers.index(row.request) for row in rows] if self._share_prefill else list(range(len(rows)))
+        source = (
+            [numbers.index(row.request) for row in rows] if self._share_prefill else list(range(len(rows)))
+        )
 
         from transformers import DynamicCache
 
@@ -191,7 +211,13 @@ class TorchEngine:
         mask_BT = torch.as_tensor(mask, device=device)
         position_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
         cache: Any = DynamicCache(config=policy.model.config)
-        out = policy.hidden(torch.as_tensor(ids, device=device), mask_BT, position_ids=position_BT, past_key_values=cache, use_cache=True)
+        out = policy.hidden(
+            torch.as_tensor(ids, device=device),
+            mask_BT,
+            position_ids=position_BT,
+            past_key_values=cache,
+            use_cache=True,
+        )
         picked = torch.as_tensor(source, device=device)
         cache = out.past_key_values
         cache.batch_select_indices(picked)
@@ -215,7 +241,9 @@ class TorchEngine:
         alive = list(range(len(rows)))  # batch position -> row, finished rows included until compaction
         for t in range(length):
             live = torch.as_tensor(alive, device=device)
-            got, lp, ent = sample_tokens(policy.head.logits(hidden), temperature[live], top_p[live], noise[live, t], want_entropy)
+            got, lp, ent = sample_tokens(
+                policy.head.logits(hidden), temperature[live], top_p[live], noise[live, t], want_entropy
+            )
             host, host_lp = got.tolist(), lp.cpu().numpy()
             host_ent = ent.cpu().numpy() if ent is not None else None
             for b, row in enumerate(alive):
@@ -240,7 +268,9 @@ class TorchEngine:
                 alive = [alive[b] for b in running]
             position = position + 1
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones((len(alive), 1))], dim=1)
-            out = policy.hidden(got[:, None], mask_BT, position_ids=position[:, None], past_key_values=cache, use_cache=True)
+            out = policy.hidden(
+                got[:, None], mask_BT, position_ids=position[:, None], past_key_values=cache, use_cache=True
+            )
             hidden = out.last_hidden_state[:, -1]
 
         done: list[Completion] = []
@@ -249,7 +279,9 @@ class TorchEngine:
                 raise EngineError("a row left the sampler without an end; this is a bug.")
             n, stop = end
             entropy = entropies[i, :n].copy() if samplings[i].want_entropy else None
-            done.append(Completion(tokens[i, :n].copy(), logprobs[i, :n].copy(), entropy, stop, self._version))
+            done.append(
+                Completion(tokens[i, :n].copy(), logprobs[i, :n].copy(), entropy, stop, self._version)
+            )
         return done
 
     def _stopped(self, ids_T: IntArray, stop: Sequence[str]) -> bool:
@@ -262,7 +294,11 @@ class TorchEngine:
     def state_dict(self) -> dict[str, Any]:
         """The memory plan, so that a resumed run cuts its batches the same way."""
         plan = self._plan
-        return {"plan": None if plan is None else [plan.kv_tokens, plan.microbatch_tokens, plan.head_tokens, plan.checkpointing]}
+        return {
+            "plan": None
+            if plan is None
+            else [plan.kv_tokens, plan.microbatch_tokens, plan.head_tokens, plan.checkpointing]
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with a stored memory plan."""

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -39,14 +39,13 @@ def write_atomically(path: Path, text: str) -> None:
 def to_json(value: Mapping[str, Any]) -> str:
     """One line of strict JSON; a number that is not finite becomes null, which every reader can parse."""
 
-    def clean(item: Any) -> Any:
+    def clean(item: object) -> object:
         if isinstance(item, Mapping):
-            return {str(k): clean(v) for k, v in item.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+            return {str(k): clean(v) for k, v in cast("Mapping[str, object]", item).items()}
         if isinstance(item, list | tuple):
-            return [clean(v) for v in item]  # pyright: ignore[reportUnknownVariableType]
-        if isinstance(item, np.generic):
-            item = item.item()
-        return None if isinstance(item, float) and not math.isfinite(item) else item
+            return [clean(v) for v in cast("Sequence[object]", item)]
+        plain = cast("object", item.item() if isinstance(item, np.generic) else item)
+        return None if isinstance(plain, float) and not math.isfinite(plain) else plain
 
     return json.dumps(clean(value), ensure_ascii=False, allow_nan=False)
 
@@ -114,7 +113,11 @@ class RunLog:
                 if left <= 0:
                     return
                 left -= 1
-                prompt = rollout.token_ids_T[: int(np.argmax(rollout.sampled_T))] if rollout.sampled_T.any() else rollout.token_ids_T
+                prompt = (
+                    rollout.token_ids_T[: int(np.argmax(rollout.sampled_T))]
+                    if rollout.sampled_T.any()
+                    else rollout.token_ids_T
+                )
                 advantages = group.advantages_G_T[i][rollout.sampled_T]
                 self._append(
                     layout.GENERATIONS,
@@ -186,7 +189,11 @@ def _task_record(group: CreditedGroup) -> dict[str, Any]:
         "why": group.skipped,
         "rewards": [None if s.error else s.reward for s in scored.scores_G],
         "lengths": [r.num_sampled for r in scored.rollouts_G],
-        "errors": [r.error or s.error for r, s, v in zip(scored.rollouts_G, scored.scores_G, valid, strict=True) if not v],
+        "errors": [
+            r.error or s.error
+            for r, s, v in zip(scored.rollouts_G, scored.scores_G, valid, strict=True)
+            if not v
+        ],
     }
 
 

@@ -20,5 +20,7 @@ def pack(groups_P: Sequence[CreditedGroup], *, temperature: float, fixed_tokens:
             tokens += rollout.num_sampled
             rollouts += 1
             if not group.skipped:
-                rows.append(TrainRow(rollout.token_ids_T, rollout.sampled_T, rollout.logprobs_T, advantages_T))
+                rows.append(
+                    TrainRow(rollout.token_ids_T, rollout.sampled_T, rollout.logprobs_T, advantages_T)
+                )
     return TrainBatch(tuple(rows), tokens, rollouts, fixed_tokens, temperature)

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -25,16 +25,22 @@ from retrain.training.checkpoint import Checkpoints
 from retrain.training.evaluate import Evaluator
 from retrain.training.loop import Parts
 from retrain.training.rollout import EventLoop
-from retrain.types import NoiseKey, Sampling
+from retrain.types import NoiseKey, Sampling, Task
 
 log = logging.getLogger("retrain")
+
+Check = Callable[[Renderer, Sequence[Task], Sequence[Task]], None]
 
 _VERSIONED = ("torch", "transformers", "peft", "numpy", "safetensors", "tokenizers")
 
 
 def facts() -> dict[str, Any]:
     """Versions and machine of this start, without importing any of the packages."""
-    found: dict[str, Any] = {"retrain": __version__, "python": platform.python_version(), "machine": _processor()}
+    found: dict[str, Any] = {
+        "retrain": __version__,
+        "python": platform.python_version(),
+        "machine": _processor(),
+    }
     for package in _VERSIONED:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
@@ -66,8 +72,17 @@ def _git() -> str:
     if not (root / ".git").exists():
         return ""
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "--", "src"], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--", "src"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
@@ -82,7 +97,8 @@ def sampling_of(config: Config, renderer: Renderer, *, temperature: float) -> Sa
         max_tokens=training.max_tokens,
         stop_ids=tuple(renderer.stop_ids),
         stop=tuple(training.stop),
-        want_entropy=config.algorithm.uncertainty_kind == "shannon_entropy" or config.inference.engine == "pytorch",
+        want_entropy=config.algorithm.uncertainty_kind == "shannon_entropy"
+        or config.inference.engine == "pytorch",
         noise=NoiseKey(0, 0, 0),
     )
 
@@ -102,7 +118,9 @@ def evaluator(config: Config, renderer: Renderer) -> Evaluator | None:
     )
     held_out = load_tasks(data, section.split)
     # A seeded draw, not the first ones: a file's first rows are rarely a fair sample of it.
-    chosen = TaskCursor(held_out, seed=section.seed, shuffle=True).take(min(section.examples or len(held_out), len(held_out)))
+    chosen = TaskCursor(held_out, seed=section.seed, shuffle=True).take(
+        min(section.examples or len(held_out), len(held_out))
+    )
     sampling = sampling_of(config, renderer, temperature=section.temperature or config.training.temperature)
     return Evaluator(
         tasks=tuple(chosen),
@@ -115,8 +133,11 @@ def evaluator(config: Config, renderer: Renderer) -> Evaluator | None:
 
 
 @contextlib.contextmanager
-def build(config: Config, run_dir: Path, *, fresh: bool, plain: bool) -> Iterator[Parts]:
-    """Make every part of a run, in the order in which they can fail cheaply; close them all at the end."""
+def build(config: Config, run_dir: Path, *, fresh: bool, plain: bool, check: Check) -> Generator[Parts]:
+    """Make every part of a run, in the order in which they can fail cheaply; close them all at the end.
+
+    ``check`` sees renderer, training tasks and held-out tasks before a model loads, and may refuse them.
+    """
     with contextlib.ExitStack() as stack:
         log.info("Loading tokenizer for %s ...", config.model.model)
         renderer = plugins.load("renderer", "chat")(
@@ -126,6 +147,7 @@ def build(config: Config, run_dir: Path, *, fresh: bool, plain: bool) -> Iterato
         tasks = load_tasks(config.data, config.data.split, config.training.max_examples)
         log.info("Loaded %d examples", len(tasks))
         held_out = evaluator(config, renderer)
+        check(renderer, tasks, held_out.tasks if held_out else ())
         events = EventLoop()
         stack.callback(events.close)
         reward = plugins.load("reward", config.reward.type)(config, renderer)
@@ -141,8 +163,12 @@ def build(config: Config, run_dir: Path, *, fresh: bool, plain: bool) -> Iterato
             # Only now, when everything could be made: a mistake must not cost the run that stands here.
             layout.clear(run_dir)
         log.info("Ready (backend=%s, engine=%s).", config.backend.backend, config.inference.engine)
-        sinks: list[Sink] = [plugins.load("sink", "console")(total_steps=config.training.max_steps, plain=plain)]
-        run_log = RunLog(run_dir, renderer, sinks, generations=config.logging.generations, rollouts=config.logging.rollouts)
+        sinks: list[Sink] = [
+            plugins.load("sink", "console")(total_steps=config.training.max_steps, plain=plain)
+        ]
+        run_log = RunLog(
+            run_dir, renderer, sinks, generations=config.logging.generations, rollouts=config.logging.rollouts
+        )
         stack.callback(run_log.close)
         yield Parts(
             backend=backend,

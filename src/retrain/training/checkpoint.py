@@ -45,7 +45,9 @@ class Checkpoints:
         self._keep = keep
         self._best: dict[str, Any] | None = None
 
-    def save(self, step: int, backend: Backend, state: State, *, accuracy: float | None, selected_on: str) -> Path:
+    def save(
+        self, step: int, backend: Backend, state: State, *, accuracy: float | None, selected_on: str
+    ) -> Path:
         """Write the checkpoint of ``step`` completed steps and point ``trainer_state.json`` at it.
 
         ``accuracy`` is this step's evaluation if there was one; the highest so far is kept as "best", with a
@@ -59,17 +61,25 @@ class Checkpoints:
         backend.save(temporary)
         best = self._best
         if accuracy is not None and (best is None or accuracy > best["accuracy"]):
-            best = {"checkpoint": name, "accuracy": accuracy, "note": f"selected on evaluation data ({selected_on})"}
+            best = {
+                "checkpoint": name,
+                "accuracy": accuracy,
+                "note": f"selected on evaluation data ({selected_on})",
+            }
         self._best = best
         (temporary / layout.STATE).write_text(
-            json.dumps({"format": FORMAT, "step": step, "best": best, **state}, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+            json.dumps({"format": FORMAT, "step": step, "best": best, **state}, indent=1, sort_keys=True)
+            + "\n",
+            encoding="utf-8",
         )
         files = {}
         for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
             _sync(path)
             files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
         manifest = temporary / layout.MANIFEST
-        manifest.write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
+        manifest.write_text(
+            json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1) + "\n", encoding="utf-8"
+        )
         _sync(manifest)
         _sync(temporary)
         final = self._root / name
@@ -84,7 +94,9 @@ class Checkpoints:
         return final
 
     def _prune(self) -> None:
-        found = sorted((s, p) for p in self._root.iterdir() if (s := layout.checkpoint_step(p.name)) is not None)
+        found = sorted(
+            (s, p) for p in self._root.iterdir() if (s := layout.checkpoint_step(p.name)) is not None
+        )
         best = self._best["checkpoint"] if self._best else ""
         for _, path in found[: -self._keep]:
             if path.name != best:

@@ -34,7 +34,9 @@ def interval(correct_by_task: Sequence[Sequence[bool]]) -> tuple[float, float, f
     spread = float(means.var(ddof=1)) / n if n > 1 else 0.0
     effective = p * (1 - p) / spread if spread > 0 else float(n)
     centre = (p + _Z95**2 / (2 * effective)) / (1 + _Z95**2 / effective)
-    half = _Z95 * math.sqrt(p * (1 - p) / effective + _Z95**2 / (4 * effective**2)) / (1 + _Z95**2 / effective)
+    half = (
+        _Z95 * math.sqrt(p * (1 - p) / effective + _Z95**2 / (4 * effective**2)) / (1 + _Z95**2 / effective)
+    )
     return p, max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -59,7 +61,9 @@ class Evaluator:
     correct_at: float | None
     name: str
 
-    def run(self, loop: EventLoop, environment: Environment, reward: Reward, engine: Engine, *, deadline_s: float) -> dict[str, Any]:
+    def run(
+        self, loop: EventLoop, environment: Environment, reward: Reward, engine: Engine, *, deadline_s: float
+    ) -> dict[str, Any]:
         """Metrics ``eval/...`` of the engine's present weights."""
         tasks = [replace(t, draw=noise_number(t.id)) for t in self.tasks]
         got = collect(

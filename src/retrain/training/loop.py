@@ -20,42 +20,19 @@ from retrain.protocols import Backend, Engine, Environment, Reward, State, State
 from retrain.tracking.run_log import RunLog
 from retrain.training.batch import pack
 from retrain.training.checkpoint import Checkpoints
+from retrain.training.counters import Counters
 from retrain.training.evaluate import Evaluator
-from retrain.training.rollout import Collected, EventLoop, collect
 from retrain.training.metrics import announce_groups, learner_metrics, rollout_metrics
+from retrain.training.rollout import Collected, EventLoop, collect
 from retrain.types import OptimStep, Sampling, StepReport
 
 log = logging.getLogger("retrain")
 
 _MAX_SKIPPED_UPDATES = 3
-
-
-@dataclass(slots=True)
-class Counters:
-    """What a run has added up so far. ``step`` counts completed steps."""
-
-    step: int = 0
-    correct_sum: float = 0.0
-    correct_steps: int = 0
-    steps_with_signal: int = 0
-    skipped_updates_in_a_row: int = 0
-    skipped_updates: int = 0
-    reward_errors: int = 0
-    tokens: int = 0
-
-    def state_dict(self) -> State:
-        """Every counter by name."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
-    def load_state_dict(self, state: State) -> None:
-        """Continue counting."""
-        for name in self.__slots__:
-            setattr(self, name, state[name])
-
-    @property
-    def running_correct_rate(self) -> float | None:
-        """Mean of the steps' correct rates."""
-        return self.correct_sum / self.correct_steps if self.correct_steps else None
+_NO_SIGNAL = (
+    "No step carried a signal: in every group all rewards were equal, so nothing was learned. Use easier tasks, "
+    "a reward with more levels, or a larger group_size."
+)
 
 
 @dataclass(slots=True)
@@ -98,8 +75,13 @@ def train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done"
         _evaluate(config, parts)
     while counters.step < training.max_steps and not stop.is_set():
         before = _state(parts)
+        accuracy = None
         try:
             _step(config, parts)
+            done = counters.step
+            last = done == training.max_steps
+            if parts.evaluator is not None and (last or (config.eval.every and done % config.eval.every == 0)):
+                accuracy = _evaluate(config, parts)
         except RunError:
             # A step that broke before its update leaves the learner where the step began; one that broke
             # after it has been counted.
@@ -107,21 +89,13 @@ def train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done"
             if not (unfinished and saved_at == counters.step):
                 _save(parts, before if unfinished else _state(parts), accuracy=None)
             raise
-        done = counters.step
-        accuracy = None
-        last = done == training.max_steps
-        if parts.evaluator is not None and (last or (config.eval.every and done % config.eval.every == 0)):
-            accuracy = _evaluate(config, parts)
         if last or done % training.save_every == 0:
             _save(parts, _state(parts), accuracy=accuracy)
             saved_at = done
     if saved_at != counters.step:
         _save(parts, _state(parts), accuracy=None)
     if counters.step and not counters.steps_with_signal:
-        log.warning(
-            "No step carried a signal: in every group all rewards were equal, so nothing was learned. Use easier tasks, "
-            "a reward with more levels, or a larger group_size."
-        )
+        log.warning(_NO_SIGNAL)
     return "done" if counters.step >= training.max_steps else "interrupted"
 
 
@@ -187,13 +161,20 @@ def optim_at(config: Config, step: int) -> OptimStep:
     training, optimizer = config.training, config.optimizer
     warm = min(1.0, (step + 1) / training.warmup_steps) if training.warmup_steps else 1.0
     return OptimStep(
-        training.lr * warm, training.weight_decay, optimizer.beta1, optimizer.beta2, optimizer.eps, config.loss.grad_clip
+        training.lr * warm,
+        training.weight_decay,
+        optimizer.beta1,
+        optimizer.beta2,
+        optimizer.eps,
+        config.loss.grad_clip,
     )
 
 
 def _check_rewards(config: Config, got: Collected, reward: Reward) -> int:
     """Count failed rewards; too large a share of a step is a broken reward, not a bad policy."""
-    scores = [s for g in got.groups_P for r, s in zip(g.rollouts_G, g.scores_G, strict=True) if r.stop != "error"]
+    scores = [
+        s for g in got.groups_P for r, s in zip(g.rollouts_G, g.scores_G, strict=True) if r.stop != "error"
+    ]
     failed = [s.error for s in scores if s.error]
     if failed and len(failed) / len(scores) > config.reward.max_error_rate:
         detail: str = getattr(reward, "first_traceback", "") or failed[0]
@@ -217,7 +198,7 @@ def _check_update(counters: Counters, report: StepReport | None) -> None:
     if counters.skipped_updates_in_a_row >= _MAX_SKIPPED_UPDATES:
         raise LearnerError(
             f"{counters.skipped_updates_in_a_row} updates in a row were skipped, the last because {report.update_skipped}.",
-            fix="lower training.lr or use inference.dtype = \"fp32\", then resume from the saved checkpoint.",
+            fix='lower training.lr or use inference.dtype = "fp32", then resume from the saved checkpoint.',
         )
 
 
@@ -226,7 +207,11 @@ def _evaluate(config: Config, parts: Parts) -> float:
         raise ValueError("no evaluator")
     parts.engine.load(parts.backend.publish())
     metrics = parts.evaluator.run(
-        parts.events, parts.environment, parts.reward, parts.engine, deadline_s=config.training.phase_timeout_s
+        parts.events,
+        parts.environment,
+        parts.reward,
+        parts.engine,
+        deadline_s=config.training.phase_timeout_s,
     )
     parts.log.evaluation(parts.counters.step, metrics)
     return metrics["eval/accuracy"]

@@ -19,7 +19,9 @@ _SHOWN_GROUPS = 2
 
 def rollout_metrics(got: Collected, reward_errors: int) -> dict[str, Any]:
     """Rewards, lengths, truncation and error shares of a step; means are over valid rollouts."""
-    pairs = [(r, s) for g in got.groups_P for r, s, v in zip(g.rollouts_G, g.scores_G, g.valid_G, strict=True) if v]
+    pairs = [
+        (r, s) for g in got.groups_P for r, s, v in zip(g.rollouts_G, g.scores_G, g.valid_G, strict=True) if v
+    ]
     total = sum(len(g.rollouts_G) for g in got.groups_P)
     parts: dict[str, list[float]] = {}
     for _, score in pairs:
@@ -57,7 +59,11 @@ def announce_groups(groups_P: Sequence[CreditedGroup], correct_at: float | None)
     console shows a step's first groups, events.log all."""
     for i, group in enumerate(groups_P):
         scored = group.scored
-        marks = [v and correct(s, correct_at) is True for s, v in zip(scored.scores_G, scored.valid_G, strict=True)]
+        marks = [
+            v and correct(s, correct_at) is True for s, v in zip(scored.scores_G, scored.valid_G, strict=True)
+        ]
         note = f" | skipped ({group.skipped})" if group.skipped else ""
         level = logging.INFO if i < _SHOWN_GROUPS else logging.DEBUG
-        log.log(level, "  group: %d/%d correct | answer=%s%s", sum(marks), len(marks), scored.task.reference, note)
+        log.log(
+            level, "  group: %d/%d correct | answer=%s%s", sum(marks), len(marks), scored.task.reference, note
+        )

@@ -78,13 +78,17 @@ async def sample(
         noise = replace(sampling.noise, task=task.draw)
         rollouts = await environment.attempt(task, n, engine, replace(sampling, noise=noise))
         if len(rollouts) != n:
-            raise EngineError(f"the environment returned {len(rollouts)} attempts at {task.id!r} instead of {n}.")
+            raise EngineError(
+                f"the environment returned {len(rollouts)} attempts at {task.id!r} instead of {n}."
+            )
         return rollouts
 
     return list(await asyncio.gather(*(attempt(t) for t in tasks_P)))
 
 
-async def score(tasks_P: Sequence[Task], rollouts_P_G: Sequence[Sequence[Rollout]], reward: Reward) -> list[list[Score]]:
+async def score(
+    tasks_P: Sequence[Task], rollouts_P_G: Sequence[Sequence[Rollout]], reward: Reward
+) -> list[list[Score]]:
     """Every group's scores, in order, whatever order they complete in."""
     scores = await asyncio.gather(*(reward.score(t, r) for t, r in zip(tasks_P, rollouts_P_G, strict=True)))
     return list(scores)
@@ -106,7 +110,9 @@ def collect(
     """Sample and score ``n`` attempts at each task under the noise of (seed, step)."""
     started = time.perf_counter()
     keyed = replace(sampling, noise=NoiseKey(seed=seed, step=step, task=0))
-    rollouts = loop.run(sample(tasks_P, n, environment, engine, keyed), phase="sampling", deadline_s=deadline_s)
+    rollouts = loop.run(
+        sample(tasks_P, n, environment, engine, keyed), phase="sampling", deadline_s=deadline_s
+    )
     sampled = time.perf_counter()
     scores = loop.run(score(tasks_P, rollouts, reward), phase="scoring", deadline_s=deadline_s)
     groups = tuple(
