@@ -62,7 +62,13 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         queue = list(answers)
         monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
         monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-        monkeypatch.setattr("builtins.input", lambda prompt="": queue.pop(0))
+
+        def read(prompt: str) -> str:
+            if not queue:
+                raise EOFError
+            return queue.pop(0)
+
+        monkeypatch.setattr("builtins.input", read)
 
     return answer
 
@@ -154,7 +160,8 @@ def test_a_mistake_in_a_demo_override_is_placed(
 
 
 @pytest.mark.parametrize(
-    ("answer", "switch"), [("f", "fork"), ("o", "overwrite"), ("r", None), ("q", None), ("?r", None)]
+    ("answer", "switch"),
+    [("f", "fork"), ("o", "overwrite"), ("r", None), ("q", None), ("", None), ("?r", None)],
 )
 def test_on_a_terminal_it_asks_about_a_used_folder(
     runner: FakeRunner, terminal: Callable[..., None], answer: str, switch: str | None
@@ -163,8 +170,8 @@ def test_on_a_terminal_it_asks_about_a_used_folder(
     assert main([]) == 0
     terminal(*answer)
     code = main([])
-    if answer == "q":
-        assert code == 130
+    if answer in ("q", ""):
+        assert code == 2
         assert len(runner.calls) == 1
         return
     loaded, options = runner.calls[-1]

@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     if _is_new_run_in_a_used_directory(loaded, line) and sys.stdin.isatty() and sys.stdout.isatty():
         choice = _ask_about(loaded.config.logging.log_dir)
         if choice == "q":
-            return EXIT_INTERRUPTED
+            return 2
         if choice == "r":
             continued = Override.of("resume.from", loaded.config.logging.log_dir, "--resume")
             loaded = load(source, [*line.overrides, continued])
@@ -102,7 +102,7 @@ def _no_config() -> int:
         from retrain.cli import create
 
         print(f"There is no {DEFAULT_CONFIG} here. Templates:\n{create.listing()}")
-        answer = input(f"Write one as {DEFAULT_CONFIG}? Name a template, or press Enter for none: ").strip()
+        answer = _answer(f"Write one as {DEFAULT_CONFIG}? Name a template, or press Enter for none: ")
         if answer:
             return create.init(["--template", answer])
     raise UsageError(
@@ -110,6 +110,15 @@ def _no_config() -> int:
         fix="`retrain demo` trains the embedded model, `retrain init` writes a configuration, "
         "`retrain path/to/config.toml` runs one, `retrain man` explains.",
     )
+
+
+def _answer(question: str) -> str:
+    """What the user types; nothing when the input ends."""
+    try:
+        return input(question).strip()
+    except EOFError:
+        print()
+        return ""
 
 
 def _is_new_run_in_a_used_directory(loaded: LoadedConfig, line: CommandLine) -> bool:
@@ -124,7 +133,7 @@ def _ask_about(log_dir: str) -> str:
     while True:
         for key, meaning in choices.items():
             print(f"  {key}  {meaning}")
-        answer = input("What should happen? ").strip().lower()[:1]
+        answer = _answer("What should happen? ").lower()[:1] or "q"
         if answer in choices:
             return answer
 
