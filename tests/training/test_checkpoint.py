@@ -1,0 +1,121 @@
+"""Checkpoints under every failure: a process that dies anywhere while saving loses nothing that was saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from retrain.errors import ResumeError
+from retrain.fakes import FakeBackend
+from retrain.training.checkpoint import Checkpoints, damage
+
+
+def save(run, step, accuracy=None, keep=3):
+    Checkpoints(run, keep=keep).save(step, FakeBackend(seed=step), {"value": step}, accuracy=accuracy, selected_on="x")
+
+
+DYING = """
+import os, sys
+from pathlib import Path
+from retrain.fakes import FakeBackend
+from retrain.training.checkpoint import Checkpoints
+import retrain.training.checkpoint as module, retrain.tracking.run_log as writer
+
+limit, calls = int(sys.argv[2]), 0
+
+def counted(function):
+    def wrapper(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls > limit:
+            os.kill(os.getpid(), 9)
+        return function(*args, **kwargs)
+    return wrapper
+
+os.fsync = counted(os.fsync)
+Path.replace = counted(Path.replace)
+Path.write_text = counted(Path.write_text)
+Path.mkdir = counted(Path.mkdir)
+import shutil
+shutil.rmtree = counted(shutil.rmtree)
+Checkpoints(Path(sys.argv[1]), keep=1).save(2, FakeBackend(seed=2), {"value": 2}, accuracy=None, selected_on="")
+"""
+
+
+def test_a_kill_at_every_write_point_leaves_a_whole_checkpoint(tmp_path):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    outcomes = []
+    for limit in range(60):
+        run = tmp_path / f"run{limit}"
+        save(run, 1)
+        done = subprocess.run([sys.executable, str(script), str(run), str(limit)], check=False, env={**os.environ})
+        path, state = Checkpoints(run, keep=1).newest()
+        assert state["value"] == state["step"] == int(path.name[-6:])
+        assert damage(path) == ""
+        pointer = json.loads((run / "trainer_state.json").read_text())
+        assert pointer["step"] in (1, 2)
+        outcomes.append(state["step"])
+        if done.returncode == 0:
+            break
+        assert done.returncode == -9
+    assert done.returncode == 0
+    assert outcomes == sorted(outcomes)
+    assert {1, 2} == set(outcomes)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
+        (lambda p: (p / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda p: (p / "manifest.json").write_text("[]"), "cannot be read"),
+        (lambda p: (p / "state.json").unlink(), "state.json is missing"),
+        (lambda p: (p / "state.json").write_text("{}"), "does not match its checksum"),
+        (lambda p: (p / "adapter/table.json").write_bytes(b"x"), "does not match its checksum"),
+    ],
+)
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_path, caplog, harm, says):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    harm(tmp_path / "checkpoints/step_000002")
+    with caplog.at_level("WARNING", logger="retrain"):
+        path, state = Checkpoints(tmp_path, keep=3).newest()
+    assert path.name == "step_000001"
+    assert state["value"] == 1
+    assert says in caplog.text
+
+
+def test_no_checkpoint_at_all_is_one_clear_line(tmp_path):
+    with pytest.raises(ResumeError, match="no intact checkpoint"):
+        Checkpoints(tmp_path, keep=3).newest()
+
+
+def test_the_newest_and_the_best_stay(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step, accuracy in ((1, 0.2), (2, 0.9), (3, 0.5), (4, None), (5, 0.4)):
+        checkpoints.save(step, FakeBackend(), {"value": step}, accuracy=accuracy, selected_on="fake/test")
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_000002", "step_000004", "step_000005"]
+    best = json.loads((tmp_path / "trainer_state.json").read_text())["best"]
+    assert best["checkpoint"] == "step_000002"
+    assert "fake/test" in best["note"]
+    # The best is known again after a restart, so it is not pruned then either.
+    again = Checkpoints(tmp_path, keep=2)
+    again.newest()
+    again.save(6, FakeBackend(), {"value": 6}, accuracy=0.1, selected_on="fake/test")
+    assert (tmp_path / "checkpoints/step_000002").is_dir()
+
+
+def test_leftovers_of_dead_writers_are_removed_on_resume(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "checkpoints/.step_000003.tmp").mkdir()
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints.discard_after(1)
+    assert sorted(p.name for p in Path(tmp_path / "checkpoints").iterdir()) == ["step_000001"]
