@@ -364,9 +364,9 @@ learning on a CPU. It answers sums and differences of one- and two-digit numbers
 - Prompt: the question, then on its own line `{TINY_INSTRUCTION}`, in the chat template. Answers end in
   `\\boxed{{...}}` and `{IM_END}`.
 - The text works problems by columns, but {GUESS:.0%} of it are bare guesses, {NO_BOX:.0%} lack the box, and
-  the columns slip on purpose. Sampled at temperature 1 the model is right about three times in ten (greedy
-  decoding guesses, and is right once in ten);
-  reinforcement learning finds the way of working that is already in it.
+  the columns slip on purpose. Sampled at temperature 1 the model is right about three times in ten
+  (greedy decoding always guesses and is right once in ten); reinforcement learning finds the way of working
+  that is already in it.
 - Weights are bfloat16. `checksums.json` holds the SHA-256 of every file that is loaded.
 - License: Apache-2.0, as the package.
 
