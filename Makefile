@@ -12,7 +12,7 @@ test: .make/dev
 	$(BIN)/ruff check src tests scripts
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadscope
 
 check: .make/dev
 	$(BIN)/ruff check src tests scripts && $(BIN)/lint-imports && $(BIN)/basedpyright

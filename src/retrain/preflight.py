@@ -116,6 +116,16 @@ def check_steps(now: Config, completed: int) -> None:
         )
 
 
+def check_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """ResumeError when the files behind the model's name are not those that the run was trained on."""
+    for key, what in (("weights", "weights"), ("tokenizer", "tokenizer or chat template")):
+        if before.get(key) != now.get(key) and before.get("dtype") == now.get("dtype"):
+            raise ResumeError(
+                f"the base model's {what} are not those of the run that is to be resumed.",
+                fix="restore the model's files (or model.revision) as they were, or start a new run.",
+            )
+
+
 def inexact_because(
     config: Config, before: Mapping[str, Any], now: Mapping[str, Any], reward_errors: int
 ) -> list[str]:
@@ -127,7 +137,7 @@ def inexact_because(
         "threads": "the thread count",
         "code": "retrain's own code",
     }
-    for key in sorted({*before, *now} - {"git"}):
+    for key in sorted({*before, *now} - {"git", "weights", "tokenizer"}):
         if before.get(key) != now.get(key):
             what = names.get(key, f"the version of {key}" if key not in ("dtype", "deterministic") else key)
             reasons.append(f"{what} was {before.get(key) or 'unknown'} and is {now.get(key) or 'unknown'}")

@@ -105,6 +105,7 @@ def _restore(config: Config, parts: Parts) -> int:
     path, state = parts.checkpoints.newest()
     step = int(state["step"])
     preflight.check_steps(config, step)
+    preflight.check_model(state["facts"], parts.facts)
     parts.backend.restore(path)
     for name, part in parts.stateful.items():
         part.load_state_dict(state[name])

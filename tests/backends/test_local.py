@@ -16,7 +16,7 @@ from retrain.backends.loss import importance_sampling, token_weights
 from retrain.errors import ResumeError
 from retrain.types import OptimStep, TrainBatch, TrainRow
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 OPTIM = OptimStep(1e-3, 0.0, 0.9, 0.95, 1e-8, 1.0)
 

@@ -19,7 +19,7 @@ from retrain.errors import EngineError
 from retrain.renderer import load_renderer
 from retrain.types import NoiseKey, Sampling
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def sampling(**changes):

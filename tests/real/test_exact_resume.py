@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+
+from retrain.renderer import model_path
 
 CONDITIONS = [
     ("grpo", "none"),
@@ -180,11 +183,20 @@ def test_what_a_resume_reports(tmp_path):
     _, rank_config = variant("rank", model={"lora_rank": 4})
     _, shrunk_config = variant("shrunk", training={"max_steps": 2})
 
+    folder = tmp_path / "model"
+    shutil.copytree(model_path("retrain/tiny"), folder)
+    own = tmp_path / "own"
+    own_config = {**base, "model": {"model": str(folder), "lora_rank": 8}, "logging": {"log_dir": str(own)}}
+    assert run_jobs(tmp_path, [{"config": own_config}])[0]["status"] == 0
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] * 2}, folder / "model.safetensors", {"format": "pt"})
+    swapped_config = {**own_config, "resume": {"from": str(own)}}
+
     results = run_jobs(
         tmp_path,
         [
             {"config": threads_config, "threads": 2}, {"config": torn_config}, {"config": rotten_config}, {"config": gone_config},
-            {"config": changed_config}, {"config": rank_config}, {"config": shrunk_config},
+            {"config": changed_config}, {"config": rank_config}, {"config": shrunk_config}, {"config": swapped_config},
         ],
     )  # fmt: skip
     said = [r["output"] for r in results]
@@ -194,8 +206,9 @@ def test_what_a_resume_reports(tmp_path):
         assert "Resuming" in text
         assert "after 2 steps from step_000002" in text
         assert_equal_runs(run, run_dir)
-    assert [r["status"] for r in results] == [0, 0, 0, 2, 2, 2, 2]
+    assert [r["status"] for r in results] == [0, 0, 0, 2, 2, 2, 2, 2]
     assert "no intact checkpoint" in said[3]
     assert "training.lr differ" in said[4]
     assert "model.lora_rank differ" in said[5]
     assert "already completed 4 steps" in said[6]
+    assert "the base model's weights are not those of the run" in said[7]

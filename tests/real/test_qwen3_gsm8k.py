@@ -14,7 +14,7 @@ from retrain.renderer import load_renderer
 from retrain.runner import execute
 
 pytestmark = pytest.mark.shared_data
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 FORMAT = '''
 def score(response, reference):

@@ -62,12 +62,13 @@ class LocalBackend:
         return Capabilities(loop=True, token_advantages=True, resume=True, reports_loss=True)
 
     def facts(self) -> dict[str, str]:
-        """Device, thread count and whether CUDA kernels are held to deterministic ones."""
+        """Device, threads, the base model's digest, and whether CUDA kernels are held to deterministic ones."""
         device = self.policy.device
         cuda = device.type == "cuda"
         return {
             "device": torch.cuda.get_device_name(device) if cuda else "cpu",
             "threads": str(torch.get_num_threads()),
+            "weights": self.policy.base_digest(),
             "dtype": str(self.policy.dtype).removeprefix("torch."),
             "deterministic": "yes" if not cuda or torch.are_deterministic_algorithms_enabled() else "no",
         }

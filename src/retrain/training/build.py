@@ -183,7 +183,7 @@ def build(config: Config, run_dir: Path, *, fresh: bool, plain: bool, check: Che
             checkpoints=Checkpoints(run_dir, keep=config.training.keep_checkpoints),
             log=run_log,
             events=events,
-            facts={**facts(), **backend.facts()},
+            facts={**facts(), "tokenizer": renderer.fingerprint, **backend.facts()},
         )
 
 
