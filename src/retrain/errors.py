@@ -30,7 +30,8 @@ class RetrainError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        return f"{self.message} Fix: {self.fix}" if self.fix else self.message
+        gap = "" if self.message.endswith("\n") else " "
+        return f"{self.message}{gap}Fix: {self.fix}" if self.fix else self.message
 
 
 class UsageError(RetrainError):

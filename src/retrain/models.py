@@ -31,9 +31,6 @@ log = logging.getLogger("retrain")
 LORA_TARGETS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 """The linear layers that carry an adapter, sorted: PEFT writes them in hash order, which differs per process."""
 
-_MEMORY_CLASSES_GB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
-_CPU_CLASS_GB = 8
-
 
 def resolve_device(devices: str) -> torch.device:
     """The torch device of ``backend.devices`` (``gpu:N`` or ``cpu``); a missing GPU falls back to CPU and says so."""
@@ -79,54 +76,6 @@ def _resolve_attention(kernel: str, device: torch.device, dtype: torch.dtype) ->
         f"inference.attention_kernel = {kernel!r} does not exist in the in-process engine.",
         fix='use "default" or "flash".',
     )
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """How much work one forward pass may hold. A function of the configuration, the model's shape and the
-    device's memory class, never of the memory free at the moment, so that a resumed run cuts the same pieces.
-
-    ``kv_tokens``: cache entries of all rows sampled together; ``microbatch_tokens``: padded tokens of one
-    learner microbatch; ``head_tokens``: positions that pass the output head at once; ``checkpointing``:
-    recompute activations in the backward pass.
-    """
-
-    kv_tokens: int
-    microbatch_tokens: int
-    head_tokens: int
-    checkpointing: bool
-
-    @classmethod
-    def for_model(
-        cls, config: Any, device: torch.device, dtype: torch.dtype, parameters: int, longest: int
-    ) -> MemoryPlan:
-        """Plan for a model of ``parameters`` weights and rows of at most ``longest`` tokens."""
-        gigabytes = _CPU_CLASS_GB
-        if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory / 2**30
-            gigabytes = max(
-                (c for c in _MEMORY_CLASSES_GB if c * 0.93 <= total), default=_MEMORY_CLASSES_GB[0]
-            )
-        size = dtype.itemsize
-        room = max(gigabytes * 2**30 * 0.9 - parameters * size, gigabytes * 2**30 * 0.1)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv_bytes = 2 * config.num_hidden_layers * heads * head_dim * size
-        # Appending to the cache copies one layer at a time, so twice the cache is the bound that always holds.
-        kv_tokens = int(room * 0.5 / (2 * kv_bytes))
-        width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        layer_bytes = size * (14 * config.hidden_size + 5 * width)
-        kept_bytes = layer_bytes * config.num_hidden_layers
-        budget = room * 0.5
-        checkpointing = device.type == "cuda" and budget / kept_bytes < 4 * longest
-        tokens = (
-            (budget - layer_bytes * longest) / (size * config.hidden_size * config.num_hidden_layers)
-            if checkpointing
-            else budget / kept_bytes
-        )
-        head_tokens = max(16, min(8192, int(room * 0.05 / (config.vocab_size * 12))))
-        ceiling = 65536 if device.type == "cuda" else 8192  # a CPU gains nothing past its caches
-        return cls(kv_tokens, max(int(min(tokens, ceiling)), longest), head_tokens, checkpointing)
 
 
 class _SelectedLogprobs(torch.autograd.Function):
@@ -249,6 +198,7 @@ class Policy:
         self.backbone: Any = getattr(model, model.base_model_prefix)
         self.head = Head(model.get_output_embeddings())
         self._check_head()
+        self._check_untouched()
 
     @property
     def trainable(self) -> int:
@@ -379,6 +329,18 @@ class Policy:
         with torch.no_grad():
             for name, p in self.adapter.items():
                 p.copy_(tensors[name])
+
+    def _check_untouched(self) -> None:
+        """A fresh adapter must score as the base model does: otherwise every later comparison is void."""
+        canary = self.canary()
+        with self.mode("base"):
+            base = self.sequence_logprobs(canary.token_ids_T).cpu().numpy()
+        gap = float(np.abs(base - canary.logprobs_T).max())
+        if not gap <= canary.tolerance:
+            raise ModelError(
+                f"the untouched adapter changes the model's logprobs by {gap:.3g} nats.",
+                fix="this is a defect of the adapter's forward, please report it with the model's config.json.",
+            )
 
     def _check_head(self) -> None:
         """Refuse models that rescale or cap their logits: the chunked head would score another distribution."""

@@ -129,15 +129,18 @@ def check_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 def inexact_because(
     config: Config, before: Mapping[str, Any], now: Mapping[str, Any], reward_errors: int
 ) -> list[str]:
-    """Why a resumed run may differ from an uninterrupted one in the last bits; empty when it will not."""
-    reasons: list[str] = []
+    """Why a resumed run may differ from an uninterrupted one in the last bits; empty when it will not.
+
+    What an earlier resume of the same run had to say stays true and is said again.
+    """
+    reasons: list[str] = list(before.get("inexact", ()))
     names = {
         "machine": "the processor",
         "device": "the device",
         "threads": "the thread count",
         "code": "retrain's own code",
     }
-    for key in sorted({*before, *now} - {"git", "weights", "tokenizer"}):
+    for key in sorted({*before, *now} - {"git", "weights", "tokenizer", "inexact"}):
         if before.get(key) != now.get(key):
             what = names.get(key, f"the version of {key}" if key not in ("dtype", "deterministic") else key)
             reasons.append(f"{what} was {before.get(key) or 'unknown'} and is {now.get(key) or 'unknown'}")
@@ -170,8 +173,17 @@ def advice(
     """Plain sentences about what the settings imply for this data and model; ``ignored`` is what the model's
     generation_config was not allowed to set."""
     found: list[str] = []
-    if ignored:
-        listed = ", ".join(f"{k} = {v}" for k, v in sorted(ignored.items()))
+    same = {
+        "do_sample": True,
+        "temperature": config.training.temperature,
+        "top_p": config.training.top_p,
+        "top_k": 0,
+        "min_p": 0,
+        "repetition_penalty": 1,
+    }
+    other = {k: v for k, v in ignored.items() if k not in same or same[k] != v}
+    if other:
+        listed = ", ".join(f"{k} = {v}" for k, v in sorted(other.items()))
         found.append(
             f"The model's generation_config sets {listed}: not used, sampling is what the configuration says."
         )

@@ -57,6 +57,7 @@ def execute(
     place = preflight.choose_directory(config, overwrite=overwrite, fork=fork)
     preflight.check_writable(place.directory)
     # Made absolute, so that the recorded configuration finds the same plug-ins from any folder.
+    config = _anchored(config, loaded.path)
     config = _with(config, "plugins", search_paths=tuple(str(p.resolve()) for p in loaded.search_paths))
     plugins.add_search_paths(loaded.search_paths)
     with _logging(place.directory, debug=debug):
@@ -97,7 +98,7 @@ def _run(config: Config, place: preflight.Place, *, plain: bool, stop: threading
             _save_adapter(config, directory, parts)
         finally:
             parts.log.status(status, step=parts.counters.step)
-        return RunResult(status, parts.counters.step, str(directory))
+        return RunResult(status, parts.counters.step, str(directory), parts.log.latest)
 
 
 def _restore(config: Config, parts: Parts) -> int:
@@ -113,6 +114,10 @@ def _restore(config: Config, parts: Parts) -> int:
     parts.checkpoints.discard_after(step)
     log.info("Resuming %s after %d steps from %s.", parts.log.directory, step, path.name)
     reasons = preflight.inexact_because(config, state["facts"], parts.facts, parts.counters.reward_errors)
+    due = step == 0 or (config.eval.every and step % config.eval.every == 0)
+    if parts.counters.evaluated_at == step < config.training.max_steps and not due:
+        reasons.append(f"the evaluation after step {step} was due only at the shorter run's end")
+    parts.facts["inexact"] = reasons = list(dict.fromkeys(reasons))
     log.info("byte-exact: %s", "no, because " + "; ".join(reasons) + "." if reasons else "yes")
     return step
 
@@ -128,6 +133,27 @@ def _save_adapter(config: Config, directory: Path, parts: Parts) -> None:
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
     log.info("Adapter: %s", target)
+
+
+def _anchored(config: Config, toml: Path | None) -> Config:
+    """Paths of inputs made absolute, looked for beside the TOML and then in the working directory, so that the
+    recorded configuration finds them from any folder; ids of models and what does not exist stay as they are."""
+
+    def anchor(value: str) -> str:
+        for root in (toml.parent if toml else Path.cwd(), Path.cwd()):
+            path = root / Path(value).expanduser()
+            if value and path.exists():
+                return str(path.resolve())
+        return value
+
+    config = _with(config, "data", path=anchor(config.data.path))
+    config = _with(config, "eval", path=anchor(config.eval.path))
+    if Path(config.model.model).expanduser().is_dir() or config.model.model.startswith((".", "~")):
+        config = _with(config, "model", model=anchor(config.model.model))
+    if config.backend.adapter_path:
+        target = Path(config.backend.adapter_path).expanduser().absolute()
+        config = _with(config, "backend", adapter_path=str(target))
+    return config
 
 
 def _with(config: Config, section: str, **values: Any) -> Config:

@@ -219,6 +219,16 @@ def test_a_sampler_that_is_not_the_trained_policy_is_refused(ready):
         engine.load(stale)
 
 
+def test_a_sampler_that_stands_still_while_the_learner_moves_is_refused(ready):
+    backend, engine, _ = ready
+    shake(backend, seed=3, scale=0.0501)
+    # The hand-over is lost: the merged copies stay as they were, and the canary is scored loosely.
+    engine._policy.merge = lambda: True
+    weights = backend.publish()
+    with pytest.raises(EngineError, match="did not move"):
+        engine.load(replace(weights, canary=replace(weights.canary, tolerance=1e9)))
+
+
 def test_merging_and_training_leave_the_base_untouched(ready):
     backend, engine, _ = ready
     before = backend.policy.base_checksum()

@@ -22,7 +22,8 @@ from retrain import plugins
 from retrain.backends.loss import token_weights
 from retrain.config.schema import Config
 from retrain.errors import ModelError, ResumeError
-from retrain.models import MemoryPlan, Policy, load_policy
+from retrain.memory import MemoryPlan
+from retrain.models import Policy, load_policy
 from retrain.protocols import Renderer
 from retrain.types import Capabilities, OptimStep, SharedWeights, StepReport, TrainBatch, TrainRow
 

@@ -229,7 +229,10 @@ class Data(Section):
     """The training tasks."""
 
     source: Name = Field(default="math", description="Where tasks come from: arithmetic, jsonl or gsm8k.")
-    path: str = Field(default="", description="A local file or folder of the source's data.")
+    path: str = Field(
+        default="",
+        description="A local file or folder of the source's data, beside the TOML or in the working directory.",
+    )
     split: Name = Field(default="train", description="The part of the data to train on.")
     shuffle: bool = Field(default=True, description="A new order in every epoch, fixed by training.seed.")
     subjects: StringOrStrings = Field(default=(), description='Subjects of math; empty: five, "all": all.')

@@ -23,9 +23,10 @@ import torch
 from retrain.config.schema import Config
 from retrain.engines.noise import uniforms
 from retrain.errors import EngineError
-from retrain.models import MemoryPlan, Policy
+from retrain.memory import MemoryPlan
+from retrain.models import Policy
 from retrain.protocols import Renderer
-from retrain.types import Completion, IntArray, Sampling, SharedWeights, Weights
+from retrain.types import Completion, FloatArray, IntArray, Sampling, SharedWeights, Weights
 
 log = logging.getLogger("retrain")
 
@@ -79,6 +80,10 @@ def sample_tokens(
     return ids.squeeze(1), logprobs.gather(1, ids).squeeze(1), entropies
 
 
+_MOVED = 1e-4
+"""Nats by which the learner's canary must have moved before an unmoved sampler is an error and not rounding."""
+
+
 class TorchEngine:
     """Engine over a ``Policy`` in this process."""
 
@@ -91,7 +96,7 @@ class TorchEngine:
         self._plan: MemoryPlan | None = None
         self._version = -1
         self._loaded = ""
-        self._canary: np.ndarray[Any, np.dtype[np.float32]] | None = None
+        self._canary: tuple[FloatArray, FloatArray] | None = None  # the learner's and ours, at the last load
         self._merged = False
         self._waiting: list[_Request] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="retrain-engine")
@@ -118,7 +123,19 @@ class TorchEngine:
                 f"{gap:.3g} nats (allowed {weights.canary.tolerance:g}).",
                 fix="this is a defect of the weight hand-over, please report it with events.log.",
             )
-        self._canary, self._version, self._loaded = seen, weights.version, weights.fingerprint
+        if self._canary is not None:
+            expected, got = (
+                float(np.abs(now - then).max())
+                for now, then in zip((weights.canary.logprobs_T, seen), self._canary, strict=True)
+            )
+            if expected > _MOVED and got == 0:
+                raise EngineError(
+                    f"the weights changed at version {weights.version} and moved the learner's logprobs by {expected:.3g} nats, "
+                    "but the sampler's did not move.",
+                    fix="this is a defect of the weight hand-over, please report it with events.log.",
+                )
+        self._canary = (weights.canary.logprobs_T, seen)
+        self._version, self._loaded = weights.version, weights.fingerprint
 
     @property
     def _kind(self) -> Any:

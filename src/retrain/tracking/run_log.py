@@ -65,6 +65,8 @@ class RunLog:
         (directory / layout.ROLLOUTS).mkdir(exist_ok=True)
         self._files = {name: (directory / name).open("ab") for name in _STREAMS}
         self._facts: dict[str, Any] = {}
+        self.latest: dict[str, Any] = {}
+        """The newest value of every metric of this start."""
 
     def begin(self, facts: Mapping[str, Any]) -> None:
         """Write run.json with the facts of this start (versions, device, git) and status running."""
@@ -94,6 +96,7 @@ class RunLog:
         self._to_sinks(step, metrics)
 
     def _to_sinks(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self.latest |= metrics
         for sink in list(self._sinks):
             try:
                 sink.log(step, metrics)

@@ -15,6 +15,8 @@ class Counters:
     correct_sum: float = 0.0
     correct_steps: int = 0
     steps_with_signal: int = 0
+    evaluated_at: int = -1
+    """Completed steps at the last evaluation, -1 before any."""
     skipped_updates_in_a_row: int = 0
     skipped_updates: int = 0
     reward_errors: int = 0

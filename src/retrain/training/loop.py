@@ -71,7 +71,7 @@ def train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done"
     """
     counters, training = parts.counters, config.training
     saved_at = counters.step if counters.step else -1
-    if counters.step == 0 and parts.evaluator is not None:
+    if counters.evaluated_at < 0 and parts.evaluator is not None:
         _evaluate(config, parts)
     while counters.step < training.max_steps and not stop.is_set():
         before = _state(parts)
@@ -89,7 +89,7 @@ def train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done"
             if not (unfinished and saved_at == counters.step):
                 _save(parts, before if unfinished else _state(parts), accuracy=None)
             raise
-        if last or done % training.save_every == 0:
+        if last or (training.save_every and done % training.save_every == 0):
             _save(parts, _state(parts), accuracy=accuracy)
             saved_at = done
     if saved_at != counters.step:
@@ -214,6 +214,7 @@ def _evaluate(config: Config, parts: Parts) -> float:
         deadline_s=config.training.phase_timeout_s,
     )
     parts.log.evaluation(parts.counters.step, metrics)
+    parts.counters.evaluated_at = parts.counters.step
     return metrics["eval/accuracy"]
 
 
