@@ -44,7 +44,7 @@ def test_coverage_with_clusters():
     covered = 0
     for _ in range(400):
         rates = rng.beta(1.2, 1.8, 60)
-        p, low, high = interval([(rng.random(4) < r).tolist() for r in rates])
+        _p, low, high = interval([(rng.random(4) < r).tolist() for r in rates])
         covered += low <= 1.2 / 3.0 <= high
     assert 0.92 <= covered / 400 <= 0.98
 
