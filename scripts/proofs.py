@@ -43,7 +43,7 @@ def train(condition: tuple[str, str], seed: int) -> dict:
     status = run / "run.json"
     if not (status.exists() and json.loads(status.read_text())["status"] == "done"):
         command = [
-            sys.executable, "-m", "retrain.cli.main", "demo", "--plain", "--overwrite", "--seed", str(seed),
+            sys.executable, "-m", "retrain", "demo", "--plain", "--overwrite", "--seed", str(seed),
             "--advantage-mode", advantage, "--transform-mode", transform, "--log-dir", str(run),
         ]  # fmt: skip
         started = time.perf_counter()
