@@ -57,8 +57,8 @@ def sample_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Draw one token per row by inverse CDF; returns ids, their tempered logprobs and entropies (nats).
 
-    Top-p keeps the smallest set of most likely tokens whose mass reaches ``top_p`` and renormalises; logprobs
-    and entropies always describe the distribution before that cut.
+    Top-p keeps the smallest set of most likely tokens whose mass reaches ``top_p``; logprobs and entropies
+    always describe the distribution before that cut. ``uniform_B`` is float64 in [0, 1).
     """
     logprobs = torch.log_softmax(logits_BV.float() / temperature_B[:, None], dim=-1)
     mass = logprobs.exp()
@@ -66,20 +66,20 @@ def sample_tokens(
     if entropy:
         # A token of probability 0 adds nothing; 0 * -inf would add NaN.
         entropies = -(mass * logprobs.clamp_min(-1e4)).sum(-1)
+    # Whole numbers add up exactly in any order: the draw is the same on every device, and CUDA has no
+    # deterministic running sum of floats. A token below one part in 2**40 is out of reach.
+    parts = (mass * _ONE).long()
     if bool((top_p_B < 1).any()):
-        ordered, order = mass.sort(dim=-1, descending=True, stable=True)
-        ordered = torch.where(ordered.cumsum(-1) - ordered < top_p_B[:, None], ordered, 0.0)
-        mass = torch.zeros_like(mass).scatter_(1, order, ordered)
-    cumulative = mass.cumsum(-1)
-    total = cumulative[:, -1:]
-    # Rounding can put u * total at the total itself; just below it, the first larger entry always has mass.
-    target = torch.minimum(
-        uniform_B[:, None].to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total))
-    )
+        ordered, order = parts.sort(dim=-1, descending=True, stable=True)
+        kept = ordered.cumsum(-1) - ordered < (top_p_B[:, None].double() * _ONE).long()
+        parts = torch.zeros_like(parts).scatter_(1, order, torch.where(kept, ordered, 0))
+    cumulative = parts.cumsum(-1)
+    target = (uniform_B[:, None] * cumulative[:, -1:]).long()
     ids = torch.searchsorted(cumulative, target, right=True)
     return ids.squeeze(1), logprobs.gather(1, ids).squeeze(1), entropies
 
 
+_ONE = float(2**40)
 _MOVED = 1e-4
 """Nats by which the learner's canary must have moved before an unmoved sampler is an error and not rounding."""
 

@@ -25,14 +25,18 @@ log = logging.getLogger("retrain")
 _STREAMS = (layout.METRICS, layout.STEPS, layout.GENERATIONS)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one step: a reader sees the old or the new file, never a part."""
+def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace ``path`` by ``text`` in one step: a reader sees the old or the new file, never a part.
+
+    ``durable`` waits for the disk; a heartbeat need not.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -78,7 +82,7 @@ class RunLog:
         if step is not None:
             self._facts["step"] = step
         facts = {**self._facts, "status": status, "pid": os.getpid(), "heartbeat": time.time()}
-        write_atomically(self.directory / layout.RUN, json.dumps(facts, indent=2) + "\n")
+        write_atomically(self.directory / layout.RUN, json.dumps(facts, indent=2) + "\n", durable=False)
 
     def step(self, step: int, metrics: Mapping[str, Any], groups_P: Sequence[CreditedGroup]) -> None:
         """Record one training step everywhere and beat the heart."""
