@@ -23,6 +23,7 @@ from torch import nn
 
 from retrain.config.schema import Config
 from retrain.errors import ConfigError, ModelError
+from retrain.memory import merged_copies_fit
 from retrain.renderer import model_path
 from retrain.types import Canary, IntArray
 
@@ -215,8 +216,9 @@ class Policy:
             self._mode.kind = before
 
     def merge(self) -> bool:
-        """Rebuild the merged sampling copies from the untouched base; False where merging is forbidden (bf16)."""
-        if self.dtype != torch.float32:
+        """Rebuild the merged sampling copies from the untouched base; False where that is forbidden (bf16) or
+        would not fit the device's memory class."""
+        if self.dtype != torch.float32 or not merged_copies_fit(self.parameters_total, self.device):
             return False
         with torch.no_grad():
             for layer in self.layers.values():
@@ -344,6 +346,8 @@ class Policy:
 
     def _check_head(self) -> None:
         """Refuse models that rescale or cap their logits: the chunked head would score another distribution."""
+        if getattr(self.model.config, "final_logit_softcapping", None):
+            raise self._changed_logits()
         ids = torch.arange(1, 5, device=self.device)[None] % int(self.model.config.vocab_size)
         with torch.no_grad(), self.mode("base"):
             theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
@@ -352,10 +356,13 @@ class Policy:
             )
         bound = 1e-3 if self.dtype == torch.float32 else 0.05 * float(theirs.abs().max())
         if float((theirs - ours).abs().max()) > bound:
-            raise ModelError(
-                f"the model type {self.model.config.model_type!r} changes its logits after the output head.",
-                fix="use a model whose logits are the plain head product (Qwen, Llama, Mistral, SmolLM and most others).",
-            )
+            raise self._changed_logits()
+
+    def _changed_logits(self) -> ModelError:
+        return ModelError(
+            f"the model type {self.model.config.model_type!r} changes its logits after the output head.",
+            fix="use a model whose logits are the plain head product (Qwen, Llama, Mistral, SmolLM and most others).",
+        )
 
 
 def _attach(
@@ -428,6 +435,12 @@ def load_policy(config: Config, *, seed: int) -> Policy:
             fix='name a folder that holds a Hugging Face model, an id on the Hub, or "retrain/tiny".',
         ) from error
     model.to(device).eval()
+    for module in model.modules():
+        # Recomputing activations needs training mode, in which dropout would part learner and sampler.
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  an attribute torch does not declare
     rank = config.model.lora_rank
     present = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     targets = [t for t in LORA_TARGETS if t in present]

@@ -3,6 +3,7 @@ whether it will be byte-exact, what the data and the sampler's settings imply.""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,12 @@ NEUTRAL_ON_RESUME = (
     "reward.timeout_s",
     "reward.max_error_rate",
     "backend.adapter_path",
-    "plugins.",
-    "logging.",
+    "plugins.search_paths",
+    "logging.log_dir",
+    "logging.wandb_",
+    "logging.trackers",
+    "logging.generations",
+    "logging.rollouts",
     "resume.",
 )
 """Settings that may differ between a run and its continuation: they do not change what a step computes."""
@@ -36,7 +41,7 @@ class Place:
     """Where a run writes, and whether it starts there or continues."""
 
     directory: Path
-    how: Literal["new", "resume"]
+    how: Literal["new", "overwrite", "resume"]
     note: str = ""
 
 
@@ -48,12 +53,18 @@ def choose_directory(config: Config, *, overwrite: bool, fork: bool) -> Place:
                 "--resume continues a run and cannot be combined with --overwrite or --fork.",
                 fix="give one of them.",
             )
-        directory = Path(config.resume.from_)
+        directory = Path(config.resume.from_).expanduser()
         if not layout.holds_run(directory):
             raise ResumeError(f"{directory} holds no run.", fix="name the log_dir of an earlier run.")
         return Place(directory, "resume")
-    directory = Path(config.logging.log_dir)
+    directory = Path(config.logging.log_dir).expanduser()
     if not layout.holds_run(directory):
+        taken = layout.would_be_replaced(directory)
+        if taken:
+            raise ConfigError(
+                f"logging.log_dir = {str(directory)!r} holds no run, but {', '.join(taken)}, which a run would write over.",
+                fix="give another --log-dir, or move these away.",
+            )
         return Place(directory, "new")
     if fork:
         number = 2
@@ -61,8 +72,10 @@ def choose_directory(config: Config, *, overwrite: bool, fork: bool) -> Place:
             number += 1
         forked = directory.with_name(f"{directory.name}-{number}")
         return Place(forked, "new", f"{directory} holds a run: starting a new one in {forked}.")
+    if _came_to_nothing(directory):
+        return Place(directory, "overwrite", f"{directory} holds a run that failed in its first step: replacing it.")
     if overwrite:
-        return Place(directory, "new", f"Overwriting the run in {directory}.")
+        return Place(directory, "overwrite", f"Overwriting the run in {directory}.")
     raise ConfigError(
         f"logging.log_dir = {str(directory)!r} already holds a run.",
         fix=f"continue it with --resume {directory}, start beside it with --fork, replace it with --overwrite, "
@@ -70,8 +83,17 @@ def choose_directory(config: Config, *, overwrite: bool, fork: bool) -> Place:
     )
 
 
-def check_writable(directory: Path) -> None:
-    """Make the directory; ConfigError when it cannot be written."""
+def _came_to_nothing(directory: Path) -> bool:
+    """Did the run there fail before it completed a step? Then there is nothing to keep."""
+    try:
+        facts = json.loads((directory / layout.RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return facts.get("status") == "failed" and facts.get("step") == 0
+
+
+def check_writable(directory: Path, key: str) -> None:
+    """Make the directory that the setting ``key`` names; ConfigError when it cannot be written."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / ".probe"
@@ -79,20 +101,20 @@ def check_writable(directory: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"logging.log_dir = {str(directory)!r} cannot be written: {error.strerror}.",
-            fix="give another --log-dir or change its permissions.",
+            f"{key} = {str(directory)!r} cannot be written: {error.strerror}.",
+            fix=f"give another {key} or change its permissions.",
         ) from error
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the settings that differ between two nested configurations."""
+    """What differs between two nested configurations: dotted names with both values."""
     changed: list[str] = []
     for key in sorted({*before, *now}):
         a, b = before.get(key), now.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             changed += changed_settings(a, b, f"{prefix}{key}.")  # pyright: ignore[reportUnknownArgumentType]
         elif a != b:
-            changed.append(f"{prefix}{key}")
+            changed.append(f"{prefix}{key} was {a!r} and is {b!r}")
     return changed
 
 
@@ -102,7 +124,7 @@ def check_resume(before: Config, now: Config) -> None:
     barred = [name for name in changed if not name.startswith(NEUTRAL_ON_RESUME)]
     if barred:
         raise ResumeError(
-            f"{', '.join(barred)} differ(s) from the run that is to be resumed.",
+            f"the run that is to be resumed has other settings: {', '.join(barred)}.",
             fix="resume without these changes, or start a new run with another --log-dir.",
         )
 
@@ -117,12 +139,17 @@ def check_steps(now: Config, completed: int) -> None:
 
 
 def check_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """ResumeError when the files behind the model's name are not those that the run was trained on."""
-    for key, what in (("weights", "weights"), ("tokenizer", "tokenizer or chat template")):
-        if before.get(key) != now.get(key) and before.get("dtype") == now.get("dtype"):
+    """ResumeError when files behind the run's model or evaluation are not those it was started with."""
+    same_dtype = before.get("dtype") == now.get("dtype")
+    for key, what in (
+        ("weights", "the base model's weights"),
+        ("tokenizer", "the model's tokenizer or chat template"),
+        ("eval_tasks", "the evaluation tasks"),
+    ):
+        if before.get(key) != now.get(key) and (same_dtype or key != "weights"):
             raise ResumeError(
-                f"the base model's {what} are not those of the run that is to be resumed.",
-                fix="restore the model's files (or model.revision) as they were, or start a new run.",
+                f"{what} are not those of the run that is to be resumed.",
+                fix="restore the files (or model.revision) as they were, or start a new run.",
             )
 
 
@@ -135,12 +162,14 @@ def inexact_because(
     """
     reasons: list[str] = list(before.get("inexact", ()))
     names = {
+        "reward_code": "the reward's code",
+
         "machine": "the processor",
         "device": "the device",
         "threads": "the thread count",
         "code": "retrain's own code",
     }
-    for key in sorted({*before, *now} - {"git", "weights", "tokenizer", "inexact"}):
+    for key in sorted({*before, *now} - {"git", "weights", "tokenizer", "eval_tasks", "inexact"}):
         if before.get(key) != now.get(key):
             what = names.get(key, f"the version of {key}" if key not in ("dtype", "deterministic") else key)
             reasons.append(f"{what} was {before.get(key) or 'unknown'} and is {now.get(key) or 'unknown'}")

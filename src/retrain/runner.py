@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import shutil
@@ -15,13 +16,18 @@ from typing import Any, Literal
 from retrain import plugins, preflight
 from retrain.config.load import LoadedConfig, dump_toml, load
 from retrain.config.schema import Config
-from retrain.errors import RetrainError
+from retrain.errors import ConfigError, RetrainError, RunError
 from retrain.sinks import ConsoleHandler
 from retrain.tracking import layout
 from retrain.tracking.run_log import write_atomically
 from retrain.training.build import build
 from retrain.training.loop import Parts, train
 from retrain.types import RunResult, Task
+
+try:
+    import fcntl
+except ImportError:  # Windows has no advisory locks of this kind
+    fcntl = None
 
 log = logging.getLogger("retrain")
 
@@ -55,12 +61,14 @@ def execute(
     config = loaded.config
     stop = stop or threading.Event()
     place = preflight.choose_directory(config, overwrite=overwrite, fork=fork)
-    preflight.check_writable(place.directory)
+    preflight.check_writable(place.directory, "logging.log_dir")
     # Made absolute, so that the recorded configuration finds the same plug-ins from any folder.
     config = _anchored(config, loaded.path)
     config = _with(config, "plugins", search_paths=tuple(str(p.resolve()) for p in loaded.search_paths))
     plugins.add_search_paths(loaded.search_paths)
-    with _logging(place.directory, debug=debug):
+    if config.backend.adapter_path:
+        preflight.check_writable(Path(config.backend.adapter_path), "backend.adapter_path")
+    with _locked(place.directory), _logging(place.directory, debug=debug):
         if place.note:
             log.info(place.note)
         for line in loaded.announcements:
@@ -85,7 +93,7 @@ def _run(config: Config, place: preflight.Place, *, plain: bool, stop: threading
         for line in preflight.advice(config, tasks, held_out, renderer.ignored_generation_settings):
             log.info("note: %s", line)
 
-    with build(config, directory, fresh=place.how == "new", plain=plain, check=check) as parts:
+    with build(config, directory, clear=place.how == "overwrite", plain=plain, check=check) as parts:
         if before is not None:
             start = _restore(config, parts)
         write_atomically(directory / layout.CONFIG, dump_toml(_with(config, "resume", from_="")))
@@ -96,8 +104,16 @@ def _run(config: Config, place: preflight.Place, *, plain: bool, stop: threading
         try:
             status = train(config, parts, stop)
             _save_adapter(config, directory, parts)
+        except OSError as error:
+            status = "failed"
+            raise RunError(
+                f"{error.filename or directory} cannot be written: {error.strerror or error}.",
+                fix=f"make room or correct the permissions, then: retrain --resume {directory}",
+            ) from error
         finally:
-            parts.log.status(status, step=parts.counters.step)
+            # A full disk must not hide the first error.
+            with contextlib.suppress(OSError):
+                parts.log.status(status, step=parts.counters.step)
         return RunResult(status, parts.counters.step, str(directory), parts.log.latest)
 
 
@@ -117,6 +133,8 @@ def _restore(config: Config, parts: Parts) -> int:
     due = step == 0 or (config.eval.every and step % config.eval.every == 0)
     if parts.counters.evaluated_at == step < config.training.max_steps and not due:
         reasons.append(f"the evaluation after step {step} was due only at the shorter run's end")
+    if step >= config.training.max_steps:
+        log.info("All %d steps are done: nothing is left to train. --max-steps N goes on to N.", step)
     parts.facts["inexact"] = reasons = list(dict.fromkeys(reasons))
     log.info("byte-exact: %s", "no, because " + "; ".join(reasons) + "." if reasons else "yes")
     return step
@@ -126,12 +144,12 @@ def _save_adapter(config: Config, directory: Path, parts: Parts) -> None:
     """Copy the adapter of the newest checkpoint to where the user wants the final one."""
     path, _ = parts.checkpoints.newest()
     target = Path(config.backend.adapter_path) if config.backend.adapter_path else directory / layout.ADAPTER
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(path / layout.ADAPTER, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.replace(target)
+    target.mkdir(parents=True, exist_ok=True)
+    # File by file: the folder is the user's and may hold more than an adapter.
+    for source in sorted((path / layout.ADAPTER).iterdir()):
+        temporary = target / f".{source.name}.tmp"
+        shutil.copyfile(source, temporary)
+        temporary.replace(target / source.name)
     log.info("Adapter: %s", target)
 
 
@@ -158,6 +176,21 @@ def _anchored(config: Config, toml: Path | None) -> Config:
 
 def _with(config: Config, section: str, **values: Any) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+@contextmanager
+def _locked(directory: Path) -> Generator[None]:
+    """Hold the run directory against other processes; ConfigError when one writes there already."""
+    with (directory / ".lock").open("a") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigError(
+                    f"another process is writing the run in {directory}.",
+                    fix="wait for it, stop it, or give another --log-dir.",
+                ) from error
+        yield
 
 
 @contextmanager

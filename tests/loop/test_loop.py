@@ -236,10 +236,60 @@ def test_evaluation_is_repeatable_due_when_said_and_kept_as_best(config, make_pa
     assert last["eval/accuracy"] > evaluations[0]["eval/accuracy"] + 0.5
     assert last["eval/accuracy_low"] <= last["eval/accuracy"] <= last["eval/accuracy_high"]
     assert last["eval/pass@8"] >= last["eval/pass@1"] == pytest.approx(last["eval/accuracy"])
-    again = parts.evaluator.run(parts.events, parts.environment, parts.reward, parts.engine, deadline_s=60)
+    again, _ = parts.evaluator.run(
+        parts.events, parts.environment, parts.reward, parts.engine, deadline_s=60, max_error_rate=0.1
+    )
     assert again["eval/accuracy"] == last["eval/accuracy"]
     best = json.loads((run / "trainer_state.json").read_text())["best"]
     assert "selected on evaluation data" in best["note"]
+
+
+def test_an_evaluation_of_rewards_that_do_not_say_what_is_correct_is_unknown(config, make_parts):
+    class Points(FakeReward):
+        async def score(self, task, rollouts_G):
+            return [Score(10.0 if r.text == task.reference else 0.8) for r in rollouts_G]
+
+    parts, run, _ = make_parts(config, reward=Points())
+    parts.evaluator = Evaluator(tuple(FakeTasks().take(3)), 32, parts.sampling, 0, None, "fake/test")
+    train(config, parts, threading.Event())
+    last = [r for r in rows_of(run) if "eval/accuracy" in r][-1]
+    assert last["eval/accuracy"] is None
+    assert last["eval/pass@1"] is None
+    assert last["eval/mean_reward"] > 5
+
+
+def test_rewards_that_fail_in_an_evaluation_end_the_run_too(config, make_parts):
+    class Broken(FakeReward):
+        async def score(self, task, rollouts_G):
+            return [Score.failed("judge is down") for _ in rollouts_G]
+
+    parts, _, _ = make_parts(config, reward=Broken())
+    parts.evaluator = Evaluator(tuple(FakeTasks().take(3)), 8, parts.sampling, 0, None, "fake/test")
+    with pytest.raises(RewardError, match="judge is down"):
+        train(config, parts, threading.Event())
+
+
+def test_an_evaluation_that_failed_is_made_up_for_on_resume(config, make_parts):
+    short = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 2})})
+    parts, run, _ = make_parts(short)
+    real = Evaluator(tuple(FakeTasks().take(3)), 4, parts.sampling, 0, None, "fake/test")
+
+    class FailsOnceAtTheEnd:
+        name = real.name
+        failed = False
+
+        def run(self, *arguments, **options):
+            if parts.counters.step == 2 and not self.failed:
+                self.failed = True
+                raise RewardError("the judge is down")
+            return real.run(*arguments, **options)
+
+    parts.evaluator = FailsOnceAtTheEnd()
+    with pytest.raises(RewardError):
+        train(short, parts, threading.Event())
+    assert parts.checkpoints.newest()[1]["step"] == 2
+    assert train(short, parts, threading.Event()) == "done"
+    assert [r["step"] for r in rows_of(run) if "eval/accuracy" in r] == [0, 2]
 
 
 def test_fakes_resume_to_the_same_bytes(config, make_parts):

@@ -51,6 +51,8 @@ def gives_nan(response, reference):
 def hangs(response, reference):
     while True:
         pass
+def fine(response, reference):
+    return 1.0
 def sometimes(response, reference, rollout):
     return float("nan") if rollout.member == 0 else float(rollout.member)
 """
@@ -59,6 +61,8 @@ def sometimes(response, reference, rollout):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # Search paths are added for the life of a process; here one process plays many.
+    monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "retrain.toml").write_text(BASE)
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(t) + "\n" for t in TASKS))
     (tmp_path / "plugins").mkdir()
@@ -142,6 +146,46 @@ def test_a_folder_with_a_run_is_never_touched_unasked(folder, capsys):
     assert [json.loads(x)["step"] for x in Path("run/metrics.jsonl").read_text().splitlines()] == [0, 1]
 
 
+def test_nothing_of_the_users_is_ever_deleted(folder, capsys):
+    Path("mine").mkdir()
+    Path("mine/important.txt").write_text("precious")
+    assert main(["--adapter-path", "mine"]) == 0
+    assert Path("mine/important.txt").read_text() == "precious"
+    assert Path("mine/adapter_model.safetensors").exists()
+    capsys.readouterr()
+    Path("full").mkdir()
+    Path("full/config.toml").write_text("# mine")
+    assert "config.toml" in refused(capsys, "--log-dir", "full")
+    assert Path("full/config.toml").read_text() == "# mine"
+    Path("afile").touch()
+    assert "backend.adapter_path" in refused(capsys, "--log-dir", "new", "--adapter-path", "afile")
+    assert "backend.adapter_path" in refused(capsys, "--log-dir", "new", "--adapter-path", "afile/deeper")
+
+
+def test_two_processes_never_share_a_run_directory(folder, capsys):
+    import fcntl
+
+    Path("run").mkdir()
+    with Path("run/.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "another process" in refused(capsys)
+    assert main([]) == 0
+
+
+def test_what_changes_a_resume_is_refused_or_said(folder, capsys):
+    edit(folder, 'type = "match"', 'type = "custom"\ncustom_module = "mine"\ncustom_function = "zero"')
+    code = Path("plugins/mine.py")
+    code.write_text(REWARDS + "\ndef zero(response, reference, info):\n    return float(len(response) % 2)\n")
+    assert main([]) == 0
+    capsys.readouterr()
+    assert "strategic_grams" in refused(capsys, "--resume", "run", "--max-steps", "3", "--strategic-grams", "so")
+    code.write_text(code.read_text() + "# another formula\n")
+    assert main(["--resume", "run", "--max-steps", "3"]) == 0
+    assert "byte-exact: no, because the reward's code was" in capsys.readouterr().out
+    Path("run/metrics.jsonl").write_bytes(b"")
+    assert "metrics.jsonl has fewer bytes" in refused(capsys, "--resume", "run", "--max-steps", "4")
+
+
 def test_an_adapter_of_another_model_is_refused_on_resume(folder, capsys):
     assert main([]) == 0
     assert main(["--log-dir", "other", "--lora-rank", "8"]) == 0
@@ -166,10 +210,12 @@ def test_a_broken_reward_is_masked_counted_and_then_ends_the_run(folder, capsys,
     assert main([]) == 1
     captured = capsys.readouterr()
     assert says in captured.err
-    assert "8 of 8 rewards of this step failed" in captured.err
+    assert "of 8 rewards of this step failed" in captured.err
     assert "retrain/" not in captured.err.split("The first one:")[0]
     assert json.loads(Path("run/run.json").read_text())["status"] == "failed"
     assert Path("run/checkpoints/step_000000").is_dir()
+    # Nothing was done yet, so the next try does not have to ask for the folder.
+    assert main(["--reward-custom-function", "fine"]) == 0
 
 
 def test_a_share_of_failed_rewards_below_the_limit_is_masked(folder):

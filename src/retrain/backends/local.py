@@ -6,11 +6,13 @@ on configuration and lengths. Leaves out: more than one device, more than one up
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +201,16 @@ class LocalBackend:
         return loss, torch.exp(new.detach() - old)
 
     def save(self, directory: Path) -> None:
-        """Write ``adapter/``, ``optimizer.safetensors`` and ``learner.json``."""
+        """Write ``adapter/``, ``optimizer.safetensors`` and ``learner.json``; OSError when that fails."""
+        from safetensors import SafetensorError
+
+        try:
+            self._write(directory)
+        except SafetensorError as error:
+            # Its own type for a full disk; callers know OSError.
+            raise OSError(errno.EIO, str(error), str(directory)) from error
+
+    def _write(self, directory: Path) -> None:
         from safetensors.torch import save_file
 
         self.policy.save_adapter(directory / "adapter")
@@ -212,13 +223,10 @@ class LocalBackend:
                 tensors[f"{name}.exp_avg_sq"] = state["exp_avg_sq"].detach().cpu().contiguous()
                 updates = float(state["step"])
         save_file(tensors, directory / "optimizer.safetensors")
-        plan = self._plan
         facts = {
             "version": self._version,
             "updates": updates,
-            "memory_plan": None
-            if plan is None
-            else [plan.kv_tokens, plan.microbatch_tokens, plan.head_tokens, plan.checkpointing],
+            "memory_plan": None if self._plan is None else astuple(self._plan),
         }
         (directory / "learner.json").write_text(json.dumps(facts, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -192,7 +192,7 @@ class TorchEngine:
             self._plan = MemoryPlan.for_model(
                 policy.model.config, policy.device, policy.dtype, policy.parameters_total, longest
             )
-        limit = self._max_rows or max(1, self._plan.kv_tokens // longest)
+        limit = self._max_rows or max(1, min(self._plan.kv_tokens // longest, self._plan.sample_rows))
         chunks: list[list[_Row]] = [[]]
         for i, request in enumerate(requests):
             group = [row for row in rows if row.request == i]
@@ -303,19 +303,15 @@ class TorchEngine:
 
     def _stopped(self, ids_T: IntArray, stop: Sequence[str]) -> bool:
         """Does the last token complete one of the stop texts? The tail is long enough for any of them."""
-        tail = ids_T[-(max(len(s) for s in stop) + 8) :]
+        # A token holds at least one byte of it.
+        tail = ids_T[-(max(len(s.encode()) for s in stop) + 8) :]
         text = self._renderer.decode(tail)
         before = self._renderer.decode(tail[:-1])
         return any(s in text and s not in before for s in stop)
 
     def state_dict(self) -> dict[str, Any]:
         """The memory plan, so that a resumed run cuts its batches the same way."""
-        plan = self._plan
-        return {
-            "plan": None
-            if plan is None
-            else [plan.kv_tokens, plan.microbatch_tokens, plan.head_tokens, plan.checkpointing]
-        }
+        return {"plan": None if self._plan is None else astuple(self._plan)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with a stored memory plan."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import importlib.util
 import inspect
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from retrain.errors import ConfigError
@@ -40,10 +43,12 @@ class CustomReward:
 
     bounds: tuple[float, float] | None = None
 
-    def __init__(self, runner: _Runner) -> None:
+    def __init__(self, runner: _Runner, code_digest: str = "") -> None:
         self._runner = runner
         self._running = 0
         self._first_traceback = ""
+        self.code_digest = code_digest
+        """sha256 of the function's module file, "" where there is none: says whether a resume scores alike."""
 
     @property
     def first_traceback(self) -> str:
@@ -218,4 +223,14 @@ def build(config: Config, renderer: Renderer) -> CustomReward:
             f"reward.custom_module = {module!r}, custom_function = {function!r}: {error.reason}",
             fix=error.fix,
         ) from error
-    return CustomReward(runner)
+    return CustomReward(runner, _code_digest(module))
+
+
+def _code_digest(module: str) -> str:
+    """sha256 of a module's file, found without importing it, "" where there is none."""
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return ""
+    path = Path(found.origin) if found is not None and found.origin else None
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path is not None and path.is_file() else ""

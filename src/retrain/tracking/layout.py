@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from retrain.errors import ConfigError
+
 CONFIG = "config.toml"
 RUN = "run.json"
 METRICS = "metrics.jsonl"
@@ -39,8 +41,23 @@ def rollout_file(step: int) -> str:
 
 
 def holds_run(directory: Path) -> bool:
-    """Does the directory already hold a run?"""
-    return any((directory / name).exists() for name in (RUN, METRICS, TRAINER_STATE, CHECKPOINTS))
+    """Does the directory already hold a run? ConfigError when that cannot be seen."""
+    return bool(_present(directory, (RUN, METRICS, TRAINER_STATE, CHECKPOINTS)))
+
+
+def would_be_replaced(directory: Path) -> list[str]:
+    """Names in the directory that a run would write over."""
+    return _present(directory, (CONFIG, ADAPTER, ROLLOUTS, Path(STEPS).parent.name))
+
+
+def _present(directory: Path, names: tuple[str, ...]) -> list[str]:
+    try:
+        return [name for name in names if (directory / name).exists()]
+    except OSError as error:
+        raise ConfigError(
+            f"{str(directory)!r} cannot be read: {error.strerror}.",
+            fix="give another directory or change its permissions.",
+        ) from error
 
 
 def clear(directory: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from retrain.errors import ResumeError
 from retrain.protocols import Renderer, Sink, State
 from retrain.tracking import layout
 from retrain.types import CreditedGroup
@@ -158,10 +159,16 @@ class RunLog:
         return {"bytes": {name: file.tell() for name, file in self._files.items()}}
 
     def load_state_dict(self, state: State) -> None:
-        """Cut every stream back to its stored length; rollouts of later steps go with ``cut_rollouts``."""
+        """Cut every stream back to its stored length, ResumeError when one is shorter; rollouts of later steps
+        go with ``cut_rollouts``."""
         for name, length in state["bytes"].items():
-            self._files[name].close()
             path = self.directory / name
+            if path.stat().st_size < length:
+                raise ResumeError(
+                    f"{path} has fewer bytes than its checkpoint knows ({path.stat().st_size} of {length}).",
+                    fix="restore the file from a copy, or start a new run.",
+                )
+            self._files[name].close()
             with path.open("r+b") as file:
                 file.truncate(length)
             self._files[name] = path.open("ab")

@@ -17,7 +17,8 @@ from typing import Any
 from retrain import __version__, plugins
 from retrain.algorithms import credit
 from retrain.config.schema import Config
-from retrain.environments.sources import TaskCursor, load_tasks
+from retrain.environments.sources import TaskCursor, digest_of, load_tasks
+from retrain.errors import DataError
 from retrain.protocols import Renderer, Sink
 from retrain.tracking import layout
 from retrain.tracking.run_log import RunLog
@@ -116,7 +117,11 @@ def evaluator(config: Config, renderer: Renderer) -> Evaluator | None:
             "levels": section.levels or config.data.levels,
         }
     )
-    held_out = load_tasks(data, section.split)
+    try:
+        held_out = load_tasks(data, section.split)
+    except DataError as error:
+        # The sources know one section; these tasks come from the other.
+        raise DataError(error.message.replace("data.", "eval."), fix=error.fix.replace("data.", "eval.")) from error
     # A seeded draw, not the first ones: a file's first rows are rarely a fair sample of it.
     chosen = TaskCursor(held_out, seed=section.seed, shuffle=True).take(
         min(section.examples or len(held_out), len(held_out))
@@ -133,7 +138,7 @@ def evaluator(config: Config, renderer: Renderer) -> Evaluator | None:
 
 
 @contextlib.contextmanager
-def build(config: Config, run_dir: Path, *, fresh: bool, plain: bool, check: Check) -> Generator[Parts]:
+def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Check) -> Generator[Parts]:
     """Make every part of a run, in the order in which they can fail cheaply; close them all at the end.
 
     ``check`` sees renderer, training tasks and held-out tasks before a model loads, and may refuse them.
@@ -159,7 +164,7 @@ def build(config: Config, run_dir: Path, *, fresh: bool, plain: bool, check: Che
         stack.callback(backend.close)
         engine = plugins.load("engine", config.inference.engine)(config, renderer)
         stack.callback(engine.close)
-        if fresh:
+        if clear:
             # Only now, when everything could be made: a mistake must not cost the run that stands here.
             layout.clear(run_dir)
         log.info("Ready (backend=%s, engine=%s).", config.backend.backend, config.inference.engine)
@@ -183,7 +188,13 @@ def build(config: Config, run_dir: Path, *, fresh: bool, plain: bool, check: Che
             checkpoints=Checkpoints(run_dir, keep=config.training.keep_checkpoints),
             log=run_log,
             events=events,
-            facts={**facts(), "tokenizer": renderer.fingerprint, **backend.facts()},
+            facts={
+                **facts(),
+                "tokenizer": renderer.fingerprint,
+                "eval_tasks": digest_of(held_out.tasks) if held_out else "",
+                "reward_code": getattr(reward, "code_digest", ""),
+                **backend.facts(),
+            },
         )
 
 

@@ -52,7 +52,7 @@ def noise_number(task_id: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Evaluator:
-    """Runs one fixed set of tasks. A rollout or reward that failed counts as not correct and is reported."""
+    """Runs one fixed set of tasks. A rollout or reward that failed is left out and reported, never scored 0."""
 
     tasks: tuple[Task, ...]
     samples: int
@@ -62,30 +62,38 @@ class Evaluator:
     name: str
 
     def run(
-        self, loop: EventLoop, environment: Environment, reward: Reward, engine: Engine, *, deadline_s: float
-    ) -> dict[str, Any]:
-        """Metrics ``eval/...`` of the engine's present weights."""
+        self, loop: EventLoop, environment: Environment, reward: Reward, engine: Engine,
+        *, deadline_s: float, max_error_rate: float,
+    ) -> tuple[dict[str, Any], int]:  # fmt: skip
+        """Metrics ``eval/...`` of the engine's present weights, and how many rewards failed.
+
+        Accuracy, interval and pass@k are None where a reward does not say what is correct (outside [0, 1]
+        without ``reward.correct_at``).
+        """
         tasks = [replace(t, draw=noise_number(t.id)) for t in self.tasks]
         got = collect(
-            loop, tasks, self.samples, environment, reward, engine, self.sampling,
-            seed=self.seed, step=EVALUATION_STEP, deadline_s=deadline_s,
+            loop, tasks, self.samples, environment, reward, engine, self.sampling, seed=self.seed,
+            step=EVALUATION_STEP, deadline_s=deadline_s, max_error_rate=max_error_rate,
         )  # fmt: skip
-        marks: list[list[bool]] = []
+        verdicts: list[list[bool | None]] = []
         rewards: list[float] = []
-        errors = 0
         lengths: list[int] = []
-        cut = 0
+        cut = errors = 0
         for group in got.groups_P:
-            row: list[bool] = []
+            row: list[bool | None] = []
             for rollout, score, valid in zip(group.rollouts_G, group.scores_G, group.valid_G, strict=True):
-                errors += not valid
-                row.append(bool(valid) and correct(score, self.correct_at) is True)
-                if valid:
-                    rewards.append(score.reward)
-                    lengths.append(rollout.num_sampled)
-                    cut += rollout.stop == "length"
-            marks.append(row)
-        accuracy, low, high = interval(marks)
+                if not valid:
+                    errors += 1
+                    continue
+                row.append(correct(score, self.correct_at))
+                rewards.append(score.reward)
+                lengths.append(rollout.num_sampled)
+                cut += rollout.stop == "length"
+            if row:
+                verdicts.append(row)
+        judged = bool(verdicts) and all(v is not None for row in verdicts for v in row)
+        marks = [[v is True for v in row] for row in verdicts]
+        accuracy, low, high = interval(marks) if judged else (None, None, None)
         metrics: dict[str, Any] = {
             "eval/source": self.name,
             "eval/accuracy": accuracy,
@@ -101,6 +109,10 @@ class Evaluator:
         }
         k = 1
         while k <= self.samples:
-            metrics[f"eval/pass@{k}"] = float(np.mean([pass_at_k(len(m), sum(m), k) for m in marks]))
+            whole = [m for m in marks if len(m) >= k]
+            known = judged and whole
+            metrics[f"eval/pass@{k}"] = (
+                float(np.mean([pass_at_k(len(m), sum(m), k) for m in whole])) if known else None
+            )
             k *= 2
-        return metrics
+        return metrics, got.reward_errors

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from retrain.algorithms.credit import Algorithm, credit, step_stats
 from retrain.algorithms.sepa import SepaSchedule
 from retrain.config.schema import Config
-from retrain.errors import LearnerError, RewardError, RunError
+from retrain.errors import LearnerError, RunError
 from retrain.protocols import Backend, Engine, Environment, Reward, State, Stateful, TaskSource
 from retrain.tracking.run_log import RunLog
 from retrain.training.batch import pack
@@ -23,7 +23,7 @@ from retrain.training.checkpoint import Checkpoints
 from retrain.training.counters import Counters
 from retrain.training.evaluate import Evaluator
 from retrain.training.metrics import announce_groups, learner_metrics, rollout_metrics
-from retrain.training.rollout import Collected, EventLoop, collect
+from retrain.training.rollout import EventLoop, collect
 from retrain.types import OptimStep, Sampling, StepReport
 
 log = logging.getLogger("retrain")
@@ -71,7 +71,7 @@ def train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done"
     """
     counters, training = parts.counters, config.training
     saved_at = counters.step if counters.step else -1
-    if counters.evaluated_at < 0 and parts.evaluator is not None:
+    if counters.evaluated_at < counters.step and _evaluation_due(config, parts):
         _evaluate(config, parts)
     while counters.step < training.max_steps and not stop.is_set():
         before = _state(parts)
@@ -80,7 +80,7 @@ def train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done"
             _step(config, parts)
             done = counters.step
             last = done == training.max_steps
-            if parts.evaluator is not None and (last or (config.eval.every and done % config.eval.every == 0)):
+            if _evaluation_due(config, parts):
                 accuracy = _evaluate(config, parts)
         except RunError:
             # A step that broke before its update leaves the learner where the step began; one that broke
@@ -108,22 +108,21 @@ def _step(config: Config, parts: Parts) -> None:
     tasks_P = parts.tasks.take(training.batch_size)
     got = collect(
         parts.events, tasks_P, training.group_size, parts.environment, parts.reward, parts.engine, parts.sampling,
-        seed=training.seed, step=step, deadline_s=training.phase_timeout_s,
+        seed=training.seed, step=step, deadline_s=training.phase_timeout_s, max_error_rate=config.reward.max_error_rate,
     )  # fmt: skip
-    errors = _check_rewards(config, got, parts.reward)
     sepa_lambda = parts.schedule.lambda_at(step)
     gate_open = parts.schedule.gate_open
     groups_P = [credit(group, parts.algorithm, sepa_lambda) for group in got.groups_P]
     stats = step_stats(groups_P, parts.algorithm)
     fixed = training.batch_size * training.group_size * training.max_tokens
     batch = pack(groups_P, temperature=training.temperature, fixed_tokens=fixed)
+    parts.schedule.observe(stats.observed)
     trained = time.perf_counter()
     optim = optim_at(config, step)
     report = None if batch.is_empty else parts.backend.train_step(batch, optim)
     finished = time.perf_counter()
-    parts.schedule.observe(stats.observed)
     counters.step += 1
-    counters.reward_errors += errors
+    counters.reward_errors += got.reward_errors
     counters.tokens += batch.num_tokens
     counters.steps_with_signal += not batch.is_empty
     if stats.observed.correct_rate is not None:
@@ -139,7 +138,7 @@ def _step(config: Config, parts: Parts) -> None:
         "sepa_lambda": sepa_lambda,
         "sepa_gate_open": gate_open,
         "running_correct_rate": counters.running_correct_rate,
-        **rollout_metrics(got, errors),
+        **rollout_metrics(got),
         **stats.metrics,
         **learner_metrics(batch, report),
         "lr": optim.lr,
@@ -170,22 +169,6 @@ def optim_at(config: Config, step: int) -> OptimStep:
     )
 
 
-def _check_rewards(config: Config, got: Collected, reward: Reward) -> int:
-    """Count failed rewards; too large a share of a step is a broken reward, not a bad policy."""
-    scores = [
-        s for g in got.groups_P for r, s in zip(g.rollouts_G, g.scores_G, strict=True) if r.stop != "error"
-    ]
-    failed = [s.error for s in scores if s.error]
-    if failed and len(failed) / len(scores) > config.reward.max_error_rate:
-        detail: str = getattr(reward, "first_traceback", "") or failed[0]
-        raise RewardError(
-            f"{len(failed)} of {len(scores)} rewards of this step failed (reward.max_error_rate = "
-            f"{config.reward.max_error_rate:g}). The first one:\n{detail.rstrip()}\n",
-            fix="correct the reward, or raise reward.timeout_s or reward.max_error_rate.",
-        )
-    return len(failed)
-
-
 def _check_update(counters: Counters, report: StepReport | None) -> None:
     if report is None:
         return
@@ -202,18 +185,23 @@ def _check_update(counters: Counters, report: StepReport | None) -> None:
         )
 
 
-def _evaluate(config: Config, parts: Parts) -> float:
+def _evaluation_due(config: Config, parts: Parts) -> bool:
+    step, every = parts.counters.step, config.eval.every
+    if parts.evaluator is None:
+        return False
+    return step in (0, config.training.max_steps) or bool(every and step % every == 0)
+
+
+def _evaluate(config: Config, parts: Parts) -> float | None:
     if parts.evaluator is None:
         raise ValueError("no evaluator")
     parts.engine.load(parts.backend.publish())
-    metrics = parts.evaluator.run(
-        parts.events,
-        parts.environment,
-        parts.reward,
-        parts.engine,
-        deadline_s=config.training.phase_timeout_s,
-    )
+    metrics, errors = parts.evaluator.run(
+        parts.events, parts.environment, parts.reward, parts.engine,
+        deadline_s=config.training.phase_timeout_s, max_error_rate=config.reward.max_error_rate,
+    )  # fmt: skip
     parts.log.evaluation(parts.counters.step, metrics)
+    parts.counters.reward_errors += errors
     parts.counters.evaluated_at = parts.counters.step
     return metrics["eval/accuracy"]
 

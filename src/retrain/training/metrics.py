@@ -17,7 +17,7 @@ log = logging.getLogger("retrain.groups")
 _SHOWN_GROUPS = 2
 
 
-def rollout_metrics(got: Collected, reward_errors: int) -> dict[str, Any]:
+def rollout_metrics(got: Collected) -> dict[str, Any]:
     """Rewards, lengths, truncation and error shares of a step; means are over valid rollouts."""
     pairs = [
         (r, s) for g in got.groups_P for r, s, v in zip(g.rollouts_G, g.scores_G, g.valid_G, strict=True) if v
@@ -31,7 +31,7 @@ def rollout_metrics(got: Collected, reward_errors: int) -> dict[str, Any]:
         "mean_reward": float(np.mean([s.reward for _, s in pairs])) if pairs else None,
         "mean_length": float(np.mean([r.num_sampled for r, _ in pairs])) if pairs else None,
         "max_token_hit_rate": float(np.mean([r.stop == "length" for r, _ in pairs])) if pairs else None,
-        "reward_error_rate": reward_errors / total,
+        "reward_error_rate": got.reward_errors / total,
         "rollout_error_rate": sum(r.stop == "error" for g in got.groups_P for r in g.rollouts_G) / total,
         **{f"rewards/{name}": float(np.mean(values)) for name, values in sorted(parts.items())},
     }

@@ -9,7 +9,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from retrain.errors import EngineError, RunError
+from retrain.errors import EngineError, RewardError, RunError
 from retrain.protocols import Engine, Environment, Reward
 from retrain.types import NoiseKey, Rollout, Sampling, Score, ScoredGroup, Task
 
@@ -68,6 +68,12 @@ class Collected:
     sample_time_s: float
     score_time_s: float
 
+    @property
+    def reward_errors(self) -> int:
+        """Rewards that failed, of rollouts that did not."""
+        pairs = ((r, s) for g in self.groups_P for r, s in zip(g.rollouts_G, g.scores_G, strict=True))
+        return sum(bool(s.error) and r.stop != "error" for r, s in pairs)
+
 
 async def sample(
     tasks_P: Sequence[Task], n: int, environment: Environment, engine: Engine, sampling: Sampling
@@ -87,11 +93,40 @@ async def sample(
 
 
 async def score(
-    tasks_P: Sequence[Task], rollouts_P_G: Sequence[Sequence[Rollout]], reward: Reward
+    tasks_P: Sequence[Task],
+    rollouts_P_G: Sequence[Sequence[Rollout]],
+    reward: Reward,
+    *,
+    max_error_rate: float,
 ) -> list[list[Score]]:
-    """Every group's scores, in order, whatever order they complete in."""
-    scores = await asyncio.gather(*(reward.score(t, r) for t, r in zip(tasks_P, rollouts_P_G, strict=True)))
-    return list(scores)
+    """Every group's scores, in order, whatever order they complete in.
+
+    RewardError as soon as more than ``max_error_rate`` of all rewards have failed: that is a broken reward, not
+    a bad policy, and the rest need not be waited for.
+    """
+    total = sum(r.stop != "error" for rollouts in rollouts_P_G for r in rollouts)
+    failed: list[str] = []
+
+    async def one(task: Task, rollouts: Sequence[Rollout]) -> list[Score]:
+        scores = await reward.score(task, rollouts)
+        if len(scores) != len(rollouts):
+            raise RewardError(f"the reward returned {len(scores)} scores for {len(rollouts)} rollouts.")
+        failed.extend(s.error for r, s in zip(rollouts, scores, strict=True) if s.error and r.stop != "error")
+        if len(failed) > max_error_rate * total:
+            detail: str = getattr(reward, "first_traceback", "") or failed[0]
+            raise RewardError(
+                f"{len(failed)} of {total} rewards of this step failed (reward.max_error_rate = {max_error_rate:g}). "
+                f"The first one:\n{detail.rstrip()}\n",
+                fix="correct the reward, or raise reward.timeout_s or reward.max_error_rate.",
+            )
+        return scores
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(one(t, r)) for t, r in zip(tasks_P, rollouts_P_G, strict=True)]
+    except* RewardError as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in running]
 
 
 def collect(
@@ -106,6 +141,7 @@ def collect(
     seed: int,
     step: int,
     deadline_s: float,
+    max_error_rate: float,
 ) -> Collected:
     """Sample and score ``n`` attempts at each task under the noise of (seed, step)."""
     started = time.perf_counter()
@@ -114,7 +150,11 @@ def collect(
         sample(tasks_P, n, environment, engine, keyed), phase="sampling", deadline_s=deadline_s
     )
     sampled = time.perf_counter()
-    scores = loop.run(score(tasks_P, rollouts, reward), phase="scoring", deadline_s=deadline_s)
+    scores = loop.run(
+        score(tasks_P, rollouts, reward, max_error_rate=max_error_rate),
+        phase="scoring",
+        deadline_s=deadline_s,
+    )
     groups = tuple(
         ScoredGroup(t, tuple(r), tuple(s)) for t, r, s in zip(tasks_P, rollouts, scores, strict=True)
     )
