@@ -134,12 +134,41 @@ def _target(flag: str) -> tuple[Setting, tuple[str, ...]] | None:
     return None
 
 
+_ELSEWHERE = {
+    "learning-rate": "--lr",
+    "epochs": "--max-steps",
+    "num-epochs": "--max-steps",
+    "num-train-epochs": "--max-steps",
+    "steps": "--max-steps",
+    "num-generations": "--group-size",
+    "n": "--group-size",
+    "max-completion-length": "--max-tokens",
+    "max-new-tokens": "--max-tokens",
+    "output-dir": "--log-dir",
+    "output": "--log-dir",
+    "dataset": "--data-source",
+    "dataset-name": "--data-source",
+    "device": "--devices",
+    "gpu": "--devices",
+    "rank": "--lora-rank",
+    "model-name": "--model",
+    "model-name-or-path": "--model",
+    "config": "CONFIG (the path alone, without a flag)",
+}
+"""What other trainers call our settings."""
+
+_UNBUILT = ("campaign", "squeeze", "backpressure")
+
+
 def _unknown(flag: str) -> str:
-    known = [*flags(), *SWITCHES]
+    built = [s for s in settings().values() if s.key.partition(".")[0] not in _UNBUILT]
+    known = [*(f for f, key in flags().items() if key.partition(".")[0] not in _UNBUILT), *SWITCHES]
     dashed = flag.replace("_", "-")
-    near = [flags_of(s.key)[0] for s in settings().values() if f"--{s.name.replace('_', '-')}" == dashed]
+    if (usual := _ELSEWHERE.get(dashed.removeprefix("--"))) is not None:
+        return f"{flag} is not a flag. Fix: here it is called {usual}."
+    near = [flags_of(s.key)[0] for s in built if f"--{s.name.replace('_', '-')}" == dashed]
     near = near or [max((k for k in known if dashed.startswith(f"{k}-")), key=len, default="")]
-    near = [n for n in near if n] or difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+    near = [n for n in near if n] or difflib.get_close_matches(dashed, known, n=1, cutoff=0.75)
     hint = f"did you mean {' or '.join(near)}?" if near else "`retrain man --topic options` lists every flag."
     return f"{flag} is not a flag. Fix: {hint}"
 
