@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -54,11 +56,69 @@ def evaluation_line(step: int, m: Mapping[str, Any]) -> str:
     return text + (f" | errors={m['eval/errors']}" if m["eval/errors"] else "")
 
 
+class Output:
+    """A text stream to write to that never ends a run: what its encoding lacks is written as an escape, and once it
+    fails (its reader went away, it was closed) it stays silent, because events.log has every line."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+        self._silent = stream is None
+
+    @property
+    def encoding(self) -> str:
+        """What rich asks before it draws its bar."""
+        return getattr(self.stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        """Is it a terminal that is still there?"""
+        try:
+            return self.stream is not None and self.stream.isatty()
+        except (OSError, ValueError):
+            return False
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        if self.stream is not None and not self._silent:
+            try:
+                self._write(self.stream, text)
+            except (OSError, ValueError):
+                self._give_up(self.stream)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand on what is buffered."""
+        if self.stream is not None and not self._silent:
+            try:
+                self.stream.flush()
+            except (OSError, ValueError):
+                self._give_up(self.stream)
+
+    def _write(self, stream: TextIO, text: str) -> None:
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+
+    def _give_up(self, stream: TextIO) -> None:
+        self._silent = True
+        if stream is not sys.__stdout__:
+            return
+        # What is left in its buffer would fail once more when the process flushes it at its end.
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nowhere, stream.fileno())
+            finally:
+                os.close(nowhere)
+
+
 class ConsoleSink:
     """Prints one line per step and evaluation; on a terminal a progress bar with time left stays below them."""
 
     def __init__(self, *, total_steps: int, plain: bool) -> None:
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
+        # Guarded below rich, because rich ends the process when a pipe breaks.
+        file = cast("IO[str]", Output(sys.stdout))
+        self._console = Console(file=file, highlight=False, soft_wrap=True, markup=False)
         self._progress: Progress | None = None
         if self._console.is_terminal and not plain:
             self._progress = Progress(
@@ -92,7 +152,14 @@ class ConsoleHandler(logging.Handler):
     """Shows the package's log lines as bare text; above the progress bar while there is one, because rich then
     redirects ``sys.stdout``."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._output: Output | None = None
+
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record; warnings are marked."""
         mark = "warning: " if record.levelno >= logging.WARNING else ""
-        print(mark + self.format(record), flush=True)
+        if self._output is None or self._output.stream is not sys.stdout:
+            self._output = Output(sys.stdout)
+        self._output.write(mark + self.format(record) + "\n")
+        self._output.flush()

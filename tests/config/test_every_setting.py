@@ -134,7 +134,7 @@ def sources(draw: st.DrawFn) -> dict[str, Any]:
         k: draw(st.integers(1, 60_000)) for k in COUNTS
     }
     values |= {
-        "training.stop": draw(st.lists(TEXTS)),
+        "training.stop": draw(st.lists(TEXTS.filter(bool))),
         "data.levels": draw(st.lists(st.integers(1, 4), min_size=1)),
     }
     values |= {"data.shuffle": draw(st.booleans()), "plugins.search_paths": draw(st.lists(TEXTS))}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from retrain.environments import sources
 from retrain.environments.arithmetic import TINY_INSTRUCTION
-from retrain.environments.sources import TaskCursor, load_tasks
+from retrain.environments.sources import TaskCursor, digest_of, load_tasks
 from retrain.errors import DataError, PluginError, ResumeError
 from retrain.types import Message, Task
 
@@ -258,3 +258,39 @@ def test_a_cursor_needs_tasks_and_takes_no_negative_number():
         TaskCursor([], seed=0, shuffle=True)
     with pytest.raises(ValueError, match="-1"):
         TaskCursor(tasks(1), seed=0, shuffle=True).take(-1)
+
+
+def test_a_digest_covers_what_rewards_see_and_is_the_same_in_every_process():
+    def digest(info):
+        return digest_of([Task("t", (Message("user", "q"),), "1", "t", 0, info)])
+
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    assert len({digest({}), digest({"a": 1}), digest({"a": 2}), digest({"a": {"x"}})}) == 4
+    assert digest({"a": object()}) == digest({"a": object()})
+    code = (
+        "from retrain.environments.sources import digest_of\nfrom retrain.types import Message, Task\n"
+        "print(digest_of([Task('t', (Message('user', 'q'),), '1', 't', 0, {'tags': set('abcdefgh'), 'call': lambda: 0})]))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("0", "1")
+    }  # fmt: skip
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("half", ["\\ud800", "\\uDFFF x", "\\ude00\\ud83d"])
+def test_half_a_character_is_refused_with_its_line(file, half):
+    good = '{"question": "\\ud83d\\ude00 \\u00e9", "answer": "1"}'
+    bad = f'{{"question": "q", "answer": "1", "note": ["{half}"]}}'
+    with pytest.raises(DataError, match=r"problems\.jsonl:2: .*surrogate") as caught:
+        load_tasks(file(good, bad), "train")
+    assert str(caught.value).isascii()
+    assert load_tasks(file(good), "train")[0].messages[0].content.startswith("\U0001f600 é")
+
+
+@pytest.mark.parametrize("path", ["~nosuch-user/x", "a" * 300, "\0"])
+def test_a_path_that_the_system_refuses_is_one_line(path):
+    with pytest.raises(DataError, match=r"data\.path = "):
+        load_tasks(Data(path=path), "train")

@@ -16,7 +16,7 @@ from retrain.cli import dotenv
 from retrain.config import templates
 from retrain.config.load import LoadedConfig, Override, Source, load
 from retrain.config.options import CommandLine, parse
-from retrain.errors import ResumeError, UsageError
+from retrain.errors import ConfigError, ResumeError, UsageError
 from retrain.tracking import layout
 from retrain.types import RunResult
 
@@ -74,8 +74,9 @@ def _source(line: CommandLine) -> Source:
         return Path(line.config)
     resumed = next((o.value for o in line.overrides if o.path == ("resume", "from")), None)
     if resumed:
-        directory = Path(str(resumed))
-        if not (directory / layout.CONFIG).is_file():
+        directory = _home_expanded(str(resumed), "--resume")
+        # os.path answers False where Path raises: no permission, a name that is too long.
+        if not os.path.isfile(directory / layout.CONFIG):
             raise ResumeError(
                 f"--resume: {directory} holds no run (there is no {layout.CONFIG} in it).",
                 fix="name the log_dir of an earlier run.",
@@ -123,8 +124,20 @@ def _answer(question: str) -> str:
 
 def _is_new_run_in_a_used_directory(loaded: LoadedConfig, line: CommandLine) -> bool:
     config = loaded.config
-    settled = config.resume.from_ or line.switches & {"--overwrite", "--fork"}
-    return not settled and layout.holds_run(Path(config.logging.log_dir))
+    if config.resume.from_:
+        _home_expanded(config.resume.from_, "resume.from")
+        return False
+    directory = _home_expanded(config.logging.log_dir, "logging.log_dir")
+    return not line.switches & {"--overwrite", "--fork"} and layout.holds_run(directory)
+
+
+def _home_expanded(path: str, key: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{key} = {path!r}: there is no such home directory.", fix="write the path in full."
+        ) from error
 
 
 def _ask_about(log_dir: str) -> str:

@@ -108,7 +108,9 @@ def _accepts(spec: Mapping[str, Any]) -> str:
         return "one of " + ", ".join(literal(choice) for choice in spec["enum"])
     if spec["type"] == "array":
         empty = " with at least one item" if spec.get("minLength") or spec.get("minItems") else ""
-        return f"an array of {_NOUNS[spec['items']['type']][1]}{_range(spec['items'])}{empty}"
+        items: Mapping[str, Any] = spec["items"]
+        full = " that are not empty" if items["type"] == "string" and items.get("minLength") else ""
+        return f"an array of {_NOUNS[items['type']][1]}{full}{_range(items)}{empty}"
     if spec["type"] == "string" and spec.get("minLength"):
         return "a string that is not empty"
     return _NOUNS[spec["type"]][0] + _range(spec)

@@ -64,9 +64,19 @@ class LoadedConfig:
     @property
     def search_paths(self) -> tuple[Path, ...]:
         """Folders of the user's own modules: relative to the TOML's folder, then to the working directory."""
-        listed = [Path(p).expanduser() for p in self.config.plugins.search_paths]
+        listed = [_home_expanded(p) for p in self.config.plugins.search_paths]
         starts = ([self.path.parent] if self.path is not None else []) + [Path.cwd()]
         return tuple(dict.fromkeys((start / p).absolute() for p in listed for start in starts))
+
+
+def _home_expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"plugins.search_paths holds {path!r}: there is no such home directory.",
+            fix="write the path in full.",
+        ) from error
 
 
 DEFAULT = Origin("default", "default")

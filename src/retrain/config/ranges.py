@@ -54,6 +54,7 @@ Peak: TypeAlias = Annotated[float, Field(ge=0, le=1e12)]
 Bound: TypeAlias = Annotated[float, Field(ge=-1e9, le=1e9)]
 
 Strings: TypeAlias = Annotated[tuple[str, ...], AsTuple]
+Names: TypeAlias = Annotated[tuple[Name, ...], AsTuple]
 StringOrStrings: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 Seeds: TypeAlias = Annotated[tuple[Seed, ...], AsTuple, Field(min_length=1)]
 Levels: TypeAlias = Annotated[tuple[Level, ...], AsTuple, Field(min_length=1)]

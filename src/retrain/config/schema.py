@@ -18,6 +18,7 @@ from retrain.config.ranges import (
     LevelsOrInherited,
     Limit,
     Name,
+    Names,
     Peak,
     PositiveShare,
     Rank,
@@ -128,7 +129,7 @@ class Training(Section):
     truncated: Name = Field(
         default="score", description="Rollouts cut at max_tokens: score them as they are."
     )
-    stop: Strings = Field(default=(), description="Texts that end a rollout, besides the model's end tokens.")
+    stop: Names = Field(default=(), description="Texts that end a rollout, besides the model's end tokens.")
     microbatch_tokens: Limit = Field(
         default=0, description="Tokens per forward pass; 0: from the memory plan."
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -220,7 +222,7 @@ class TaskCursor:
 
     @property
     def digest(self) -> str:
-        """sha256 over every task's id, messages and reference, in the list's order."""
+        """sha256 over every task's id, messages, reference and info, in the list's order."""
         return self._digest
 
     def take(self, n: int) -> list[Task]:
@@ -265,12 +267,21 @@ class TaskCursor:
 
 
 def digest_of(tasks: Sequence[Task]) -> str:
-    """sha256 over ids, messages and references; equal means the same tasks in the same order."""
+    """sha256 over ids, messages, references and info; equal means the same tasks in the same order."""
     digest = hashlib.sha256()
     for task in tasks:
         row = [task.id, [[m.role, m.content] for m in task.messages], task.reference]
-        digest.update(json.dumps(row, ensure_ascii=True).encode() + b"\n")
+        # Info counts as well: custom rewards see it.
+        info = json.dumps(dict(task.info), sort_keys=True, default=_steady)
+        digest.update(json.dumps(row, ensure_ascii=True).encode() + info.encode() + b"\n")
     return digest.hexdigest()
+
+
+def _steady(value: object) -> object:
+    """What JSON lacks in a form that is the same in every process: no addresses, no order of a set."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, cast("set[object]", value)))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
 
 
 def _prompt(data: DataSettings, question: str, instruction: str, joint: str) -> tuple[Message, ...]:
@@ -285,16 +296,22 @@ def _not_empty(tasks: list[Task], place: str) -> list[Task]:
 
 
 def _split_file(path: str, split: str) -> Path:
-    place = Path(path).expanduser()
-    if place.is_dir():
+    try:
+        place = Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"data.path = {path!r}: there is no such home directory.", fix="write the path in full."
+        ) from error
+    # os.path answers False where Path raises: no permission, a name that is too long.
+    if os.path.isdir(place):
         file = place / f"{split}.jsonl"
-        if not file.is_file():
+        if not os.path.isfile(file):
             held = ", ".join(sorted(p.name for p in place.glob("*.jsonl"))) or "no .jsonl file"
             raise DataError(
                 f"{place} has no {split}.jsonl; it holds {held}.", fix="correct the split or the path."
             )
         return file
-    if not place.is_file():
+    if not os.path.isfile(place):
         raise DataError(f"data.path = {path!r}: there is no such file or folder.", fix="correct data.path.")
     return place
 
@@ -310,6 +327,15 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     continue
                 try:
                     row = json.loads(line, parse_constant=refuse)
+                    if "\\u" in line:
+                        json.dumps(row, ensure_ascii=False).encode()
+                except UnicodeEncodeError as error:
+                    # JSON can spell half a character; a tokenizer or a log would fail on it hours later.
+                    half = f"\\u{ord(error.object[error.start]):04x}"
+                    raise DataError(
+                        f"{path}:{number}: {half} is half of a surrogate pair and no character.",
+                        fix="correct the line.",
+                    ) from error
                 except (ValueError, RecursionError) as error:
                     raise DataError(
                         f"{path}:{number}: invalid JSON: {error}.", fix="correct the line."
