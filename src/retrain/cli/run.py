@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -169,7 +170,7 @@ def _execute(loaded: LoadedConfig, line: CommandLine) -> RunResult:
 
 def _exit_code(result: RunResult) -> int:
     if result.status == "interrupted":
-        print(f"Interrupted after {result.steps} steps. Continue with: retrain --resume {result.run_dir}")
+        print(f"Interrupted after {result.steps} steps. Continue with: {_program()} --resume {result.run_dir}")
     return {"done": 0, "failed": 1, "interrupted": EXIT_INTERRUPTED}[result.status]
 
 
@@ -205,6 +206,12 @@ def _free_directory(directory: Path) -> Path:
     return place
 
 
+def _program() -> str:
+    """What to type for this program: after `make demo` it stands in an environment that is not on PATH."""
+    called = Path(sys.argv[0])
+    return str(called) if called.name == "retrain" and shutil.which("retrain") is None else "retrain"
+
+
 def _demo_summary(directory: Path) -> str:
     """Held-out accuracy before and after, where the results are, and what to try next."""
     found: list[str] = []
@@ -222,8 +229,8 @@ def _demo_summary(directory: Path) -> str:
             "",
             f"Run directory: {directory}",
             "Try next:",
-            "  retrain demo --transform-mode none --seed 1    another condition or seed",
-            "  retrain init --template quickstart             your own run, on a GPU",
-            "  retrain man                                    everything else",
+            f"  {_program()} demo --transform-mode none --seed 1    another condition or seed",
+            f"  {_program()} init --template quickstart             your own run, on a GPU",
+            f"  {_program()} man                                    everything else",
         ]
     )
