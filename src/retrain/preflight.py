@@ -45,6 +45,14 @@ class Place:
     note: str = ""
 
 
+def expanded(path: str, key: str) -> Path:
+    """The path that the setting ``key`` names, its ``~`` expanded; ConfigError for an unknown user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{key} = {path!r}: {error}", fix="write the whole path.") from error
+
+
 def choose_directory(config: Config, *, overwrite: bool, fork: bool) -> Place:
     """The run directory; a directory that already holds a run is refused unless the user said what to do."""
     if config.resume.from_:
@@ -53,11 +61,11 @@ def choose_directory(config: Config, *, overwrite: bool, fork: bool) -> Place:
                 "--resume continues a run and cannot be combined with --overwrite or --fork.",
                 fix="give one of them.",
             )
-        directory = Path(config.resume.from_).expanduser()
+        directory = expanded(config.resume.from_, "resume.from")
         if not layout.holds_run(directory):
             raise ResumeError(f"{directory} holds no run.", fix="name the log_dir of an earlier run.")
         return Place(directory, "resume")
-    directory = Path(config.logging.log_dir).expanduser()
+    directory = expanded(config.logging.log_dir, "logging.log_dir")
     if not layout.holds_run(directory):
         taken = layout.would_be_replaced(directory)
         if taken:

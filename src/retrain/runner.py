@@ -158,18 +158,20 @@ def _anchored(config: Config, toml: Path | None) -> Config:
     recorded configuration finds them from any folder; ids of models and what does not exist stay as they are."""
 
     def anchor(value: str) -> str:
-        for root in (toml.parent if toml else Path.cwd(), Path.cwd()):
-            path = root / Path(value).expanduser()
-            if value and path.exists():
-                return str(path.resolve())
+        # What cannot be looked at is left to the part that reads it, which names it in its error.
+        with contextlib.suppress(OSError, RuntimeError):
+            for root in (toml.parent if toml else Path.cwd(), Path.cwd()):
+                path = root / Path(value).expanduser()
+                if value and path.exists():
+                    return str(path.resolve())
         return value
 
     config = _with(config, "data", path=anchor(config.data.path))
     config = _with(config, "eval", path=anchor(config.eval.path))
-    if Path(config.model.model).expanduser().is_dir() or config.model.model.startswith((".", "~")):
+    if not config.model.model.startswith("retrain/"):
         config = _with(config, "model", model=anchor(config.model.model))
     if config.backend.adapter_path:
-        target = Path(config.backend.adapter_path).expanduser().absolute()
+        target = preflight.expanded(config.backend.adapter_path, "backend.adapter_path").absolute()
         config = _with(config, "backend", adapter_path=str(target))
     return config
 

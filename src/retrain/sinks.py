@@ -49,9 +49,11 @@ def step_line(step: int, m: Mapping[str, Any]) -> str:
 
 def evaluation_line(step: int, m: Mapping[str, Any]) -> str:
     """One evaluation as one line."""
+    place = f"Eval after {step} steps [{m['eval/source']}, {m['eval/tasks']} tasks x {m['eval/samples']}] | "
+    if m["eval/accuracy"] is None:
+        return place + f"reward={m['eval/mean_reward']} | accuracy unknown: set reward.correct_at"
     text = (
-        f"Eval after {step} steps [{m['eval/source']}, {m['eval/tasks']} tasks x {m['eval/samples']}] | "
-        f"accuracy={m['eval/accuracy']:.1%} (95% interval {m['eval/accuracy_low']:.1%} to {m['eval/accuracy_high']:.1%})"
+        f"{place}accuracy={m['eval/accuracy']:.1%} (95% interval {m['eval/accuracy_low']:.1%} to {m['eval/accuracy_high']:.1%})"
     )
     return text + (f" | errors={m['eval/errors']}" if m["eval/errors"] else "")
 

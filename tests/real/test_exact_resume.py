@@ -217,7 +217,7 @@ def test_what_a_resume_reports(tmp_path):
         assert_equal_runs(run, run_dir)
     assert [r["status"] for r in results] == [0, 0, 0, 2, 2, 2, 2, 2]
     assert "no intact checkpoint" in said[3]
-    assert "training.lr differ" in said[4]
-    assert "model.lora_rank differ" in said[5]
+    assert "training.lr was 0.002 and is 0.01" in said[4]
+    assert "model.lora_rank was 8 and is 4" in said[5]
     assert "already completed 4 steps" in said[6]
     assert "the base model's weights are not those of the run" in said[7]
