@@ -58,7 +58,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     def make(
         *, hidden: int = 64, layers: int = 2, heads: int = 2, kv_heads: int = 1, head_dim: int = 32, vocab: int = 0,
         seed: int = 0,
-        tokenizer: Path | None = None, generation: dict[str, Any] | None = None, scale: float = 1.0,
+        tokenizer: Path | None = None, generation: dict[str, Any] | None = None, scale: float = 1.0, sharpness: float = 1.0,
     ) -> Path:  # fmt: skip
         folder = tmp_path_factory.mktemp("model")
         if tokenizer is None:
@@ -81,6 +81,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(scale)
+            model.get_output_embeddings().weight.mul_(sharpness)
         model.save_pretrained(folder)
         if generation is not None:
             path = folder / "generation_config.json"

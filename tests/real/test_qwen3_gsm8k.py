@@ -25,7 +25,7 @@ def score(response, reference):
 
 @pytest.fixture(scope="module")
 def model(random_model, shared):
-    return random_model(tokenizer=shared / "tokenizers/qwen3", vocab=151_936)
+    return random_model(tokenizer=shared / "tokenizers/qwen3", vocab=151_936, sharpness=12.0)
 
 
 def config(model, shared, run, **changes):
@@ -34,7 +34,7 @@ def config(model, shared, run, **changes):
         "model": {"model": str(model), "lora_rank": 8},
         "algorithm": {"advantage_mode": "grpo", "transform_mode": "gtpo_hicra"},
         "training": {"seed": 3, "max_steps": 2, "batch_size": 2, "group_size": 4, "max_tokens": 12, "temperature": 1.0,
-            "lr": 5e-3},
+            "lr": 1e-2},
         "data": {"source": "gsm8k", "path": str(shared / "data/gsm8k")},
         "reward": {"type": "match"},
         "logging": {"log_dir": str(run)},
