@@ -121,6 +121,8 @@ class ConsoleSink:
         # Guarded below rich, because rich ends the process when a pipe breaks.
         file = cast("IO[str]", Output(sys.stdout))
         self._console = Console(file=file, highlight=False, soft_wrap=True, markup=False)
+        # A terminal breaks long lines between fields; a pipe gets each as one line.
+        self._console.soft_wrap = not self._console.is_terminal
         self._progress: Progress | None = None
         if self._console.is_terminal and not plain:
             self._progress = Progress(
