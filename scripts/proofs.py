@@ -101,7 +101,7 @@ def plot(results: list[dict], path: Path) -> None:
             )
         axis.set(title=name, xlabel="step", ylim=(0, 1.02))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="lower right")
     axes[0].set_ylabel("correct rate (mean of 5 steps)")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
