@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import secrets
 import shutil
@@ -30,6 +31,9 @@ except ImportError:  # Windows has no advisory locks of this kind
     fcntl = None
 
 log = logging.getLogger("retrain")
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+"""What a full or closed disk says. Any other OSError (a lost connection, a time-out) is not about writing."""
 
 
 async def run(
@@ -106,6 +110,8 @@ def _run(config: Config, place: preflight.Place, *, plain: bool, stop: threading
             _save_adapter(config, directory, parts)
         except OSError as error:
             status = "failed"
+            if error.errno not in _UNWRITABLE:
+                raise
             raise RunError(
                 f"{error.filename or directory} cannot be written: {error.strerror or error}.",
                 fix=f"make room or correct the permissions, then: retrain --resume {directory}",
@@ -183,7 +189,7 @@ def _with(config: Config, section: str, **values: Any) -> Config:
 @contextmanager
 def _locked(directory: Path) -> Generator[None]:
     """Hold the run directory against other processes; ConfigError when one writes there already."""
-    with (directory / ".lock").open("a") as file:
+    with (directory / layout.LOCK).open("a") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -170,6 +171,21 @@ def test_two_processes_never_share_a_run_directory(folder, capsys):
         fcntl.flock(held, fcntl.LOCK_EX)
         assert "another process" in refused(capsys)
     assert main([]) == 0
+
+
+def test_a_full_disk_is_one_error_and_a_bug_stays_a_bug(folder, monkeypatch, capsys):
+    def full(config, parts, stop):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    def broken(config, parts, stop):
+        raise ConnectionResetError("a bug in a client")
+
+    monkeypatch.setattr("retrain.runner.train", full)
+    assert main([]) == 1
+    assert "metrics.jsonl cannot be written: No space left" in capsys.readouterr().err
+    monkeypatch.setattr("retrain.runner.train", broken)
+    with pytest.raises(ConnectionResetError):
+        main(["--log-dir", "other"])
 
 
 def test_what_changes_a_resume_is_refused_or_said(folder, capsys):

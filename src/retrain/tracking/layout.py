@@ -17,6 +17,7 @@ CHECKPOINTS = "checkpoints"
 TRAINER_STATE = "trainer_state.json"
 ADAPTER = "adapter"
 EVENTS = "events.log"
+LOCK = ".lock"
 
 MANIFEST = "manifest.json"
 """Inside a checkpoint: sizes and checksums of its files, written last."""
