@@ -304,7 +304,10 @@ class StepReport:
     """What a learner says about one train step. ``loss`` is None when unknown, never a made-up number.
 
     ``update_skipped`` is "" when the optimizer moved; otherwise why it did not (a non-finite loss or
-    gradient). ratio = exp(new logprob - old logprob) over the trained tokens, before the update.
+    gradient). ratio = exp(new logprob - old logprob) over the trained tokens, before the update; with dropout in
+    the adapter it is measured without. ``clip_share`` is the share of trained tokens whose gradient the loss cut,
+    ``tis_capped`` that whose importance weight was capped, ``kl_base`` the estimated KL divergence from the base
+    model and ``entropy`` the policy's, both in nats per token; None where the loss has no such term.
     """
 
     loss: float | None
@@ -317,6 +320,10 @@ class StepReport:
     approx_kl: float | None
     update_skipped: str
     num_microbatches: int
+    clip_share: float | None = None
+    tis_capped: float | None = None
+    kl_base: float | None = None
+    entropy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,34 +9,39 @@ from __future__ import annotations
 BUILT: dict[str, tuple[str, ...]] = {
     "backend": ("local",),
     "engine": ("pytorch",),
-    "advantage": ("grpo", "maxrl"),
-    "transform": ("none", "gtpo", "gtpo_hicra", "gtpo_sepa"),
+    "advantage": ("grpo", "maxrl", "grpo_std", "rloo", "reinforce_pp"),
+    "transform": ("none", "gtpo", "gtpo_hicra", "gtpo_sepa", "gtpo_sepa_amp", "gtpo_sepa_amp_c", "entropy_mask"),
+    "algorithm": (),
     "uncertainty": ("surprisal", "predictive_variance", "shannon_entropy"),
-    "detector": ("regex",),
-    "reward": ("match", "custom"),
-    "source": ("arithmetic", "jsonl", "gsm8k"),
+    "detector": ("regex", "semantic"),
+    "reward": ("match", "math", "custom", "composite", "reasoning_gym", "routed"),
+    "source": ("math", "gsm8k", "arithmetic", "jsonl", "hf", "reasoning_gym", "mixture"),
     "environment": ("single_turn",),
-    "loss": ("importance_sampling",),
-    "truncated": ("score",),
-    "lr_schedule": ("constant",),
-    "sink": ("console",),
+    "loss": ("importance_sampling", "ppo", "gspo", "cispo"),
+    "truncated": ("score", "mask", "soft"),
+    "lr_schedule": ("constant", "linear", "cosine"),
+    "sink": ("console", "wandb", "trackio", "tensorboard"),
 }
 
 LATER: dict[str, tuple[str, ...]] = {
     "backend": ("tinker", "distributed", "trl", "verl"),
     "engine": ("max", "vllm", "sglang", "mlx", "openai"),
-    "advantage": ("grpo_std", "rloo", "reinforce_pp"),
-    "transform": ("gtpo_sepa_amp", "gtpo_sepa_amp_c", "entropy_mask"),
+    "advantage": (),
+    "transform": (),
+    "algorithm": (),
     "uncertainty": (),
-    "detector": ("semantic",),
-    "reward": ("math", "judge", "composite", "environment"),
-    "source": ("math", "hf", "reasoning_gym"),
+    "detector": (),
+    "reward": ("judge", "environment"),
+    "source": (),
     "environment": ("verifiers", "tools"),
-    "loss": ("ppo", "gspo", "cispo"),
-    "truncated": ("mask", "soft"),
-    "lr_schedule": ("linear", "cosine"),
-    "sink": ("wandb", "trackio", "tensorboard"),
+    "loss": (),
+    "truncated": (),
+    "lr_schedule": (),
+    "sink": (),
 }
+
+OPEN = ("advantage", "transform", "algorithm", "uncertainty", "detector", "reward", "source", "loss", "sink")
+"""Kinds that also take the dotted path of a plug-in."""
 
 ALIASES: dict[str, dict[str, str]] = {
     "uncertainty": {

@@ -51,6 +51,7 @@ SignedWeight: TypeAlias = Annotated[float, Field(ge=-1000, le=1000)]
 Temperature: TypeAlias = Annotated[float, Field(gt=0, le=10)]
 Seconds: TypeAlias = Annotated[float, Field(gt=0, le=604_800)]
 Peak: TypeAlias = Annotated[float, Field(ge=0, le=1e12)]
+Oversample: TypeAlias = Annotated[float, Field(ge=1, le=100)]
 Bound: TypeAlias = Annotated[float, Field(ge=-1e9, le=1e9)]
 
 Strings: TypeAlias = Annotated[tuple[str, ...], AsTuple]

@@ -16,12 +16,14 @@ from retrain.config import names
 from retrain.config.fields import literal, settings
 from retrain.config.problems import KeyPath, Problem
 from retrain.config.schema import Config
+from retrain.config.tables import check_tables
 
 NAMED = {
     "backend.backend": "backend",
     "inference.engine": "engine",
     "algorithm.advantage_mode": "advantage",
     "algorithm.transform_mode": "transform",
+    "algorithm.algorithm_mode": "algorithm",
     "algorithm.uncertainty_kind": "uncertainty",
     "planning.detector": "detector",
     "reward.type": "reward",
@@ -34,7 +36,7 @@ NAMED = {
 }
 """Settings that hold a name, and the kind of name in ``names``."""
 
-_INTERNAL = {"environment": "single_turn"}
+_INTERNAL = {"environment": "single_turn", "reward": "routed"}
 """Names that the plug-in table holds and no configuration writes."""
 
 
@@ -56,6 +58,7 @@ def is_given(config: Config, key: str) -> bool:
 def check(config: Config) -> Iterator[Problem]:
     """Every finding across settings, refusals and announcements."""
     yield from _names(config)
+    yield from check_tables(config)
     yield from _not_yet(config)
     yield from _combinations(config)
     yield from _idle_findings(config)
@@ -92,9 +95,17 @@ def _name(config: Config, key: str, kind: str, value: str, index: int | None = N
             f"write {use}." if built else "leave it out.",
             later=True,
         )
+    elif ("." in value or ":" in value) and kind in names.OPEN:
+        return
     elif "." in value or ":" in value:
         yield Problem(
             path, f"{stated}: a {kind} of your own is not in this version.", f"write {use}.", later=True
+        )
+    elif kind == "algorithm":
+        yield Problem(
+            path,
+            f"{stated} is unknown: it takes the dotted path of your own algorithm.",
+            'for example "my_module.my_algorithm", or use advantage_mode and transform_mode.',
         )
     else:
         near = difflib.get_close_matches(value, [*built, *names.LATER[kind]], n=1, cutoff=0.6)
@@ -107,23 +118,6 @@ def _name(config: Config, key: str, kind: str, value: str, index: int | None = N
 def _not_yet(config: Config) -> Iterator[Problem]:
     """Settings whose effect a later version builds."""
     wanted: list[tuple[str, bool, str]] = [
-        ("training.updates_per_batch", config.training.updates_per_batch > 1, "set it to 1."),
-        (
-            "algorithm.algorithm_mode",
-            bool(config.algorithm.algorithm_mode),
-            "use advantage_mode and transform_mode.",
-        ),
-        ("loss.kl", config.loss.kl != 0, "set it to 0."),
-        ("loss.entropy", config.loss.entropy != 0, "set it to 0."),
-        ("loss.tis_cap", config.loss.tis_cap != 0, "set it to 0."),
-        ("loss.dual_clip", config.loss.dual_clip != 0, "set it to 0."),
-        ("lora.dropout", config.lora.dropout != 0, "set it to 0."),
-        ("model.quantization", bool(config.model.quantization), "leave it empty."),
-        (
-            "logging.wandb_project",
-            bool(config.logging.wandb_project),
-            "leave it empty; metrics.jsonl holds everything.",
-        ),
         ("backpressure.enabled", config.backpressure.enabled, "set it to false."),
     ]
     for key, is_wanted, fix in wanted:

@@ -19,6 +19,7 @@ from retrain.config.ranges import (
     Limit,
     Name,
     Names,
+    Oversample,
     Peak,
     PositiveShare,
     Rank,
@@ -76,7 +77,9 @@ class Model(Section):
     revision: str = Field(
         default="", description="Branch, tag or commit of the model; empty: its main branch."
     )
-    quantization: str = Field(default="", description="Quantization of the frozen base model; empty: none.")
+    quantization: Literal["", "nf4", "fp4"] = Field(
+        default="", description="4-bit format of the frozen base model (QLoRA, on CUDA); empty: none."
+    )
     trust_remote_code: bool = Field(
         default=False, description="Code that ships with a model never runs: false."
     )
@@ -88,14 +91,22 @@ class Lora(Section):
     alpha: Limit = Field(default=0, description="LoRA alpha; 0: twice the rank.")
     dropout: Decay = Field(default=0.0, description="Dropout probability inside the adapter.")
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    init_from: str = Field(
+        default="", description="Folder of a PEFT LoRA adapter to start from; empty: a fresh adapter."
+    )
 
 
 class Algorithm(Section):
     """How rewards become token-level advantages."""
 
-    advantage_mode: Name = Field(default="maxrl", description="Advantage of a rollout: grpo or maxrl.")
+    advantage_mode: Name = Field(
+        default="maxrl",
+        description="Advantage of a rollout: grpo, maxrl, grpo_std, rloo, reinforce_pp or your own.",
+    )
     transform_mode: Name = Field(
-        default="gtpo_sepa", description="Credit of single tokens: none, gtpo, gtpo_hicra or gtpo_sepa."
+        default="gtpo_sepa",
+        description="Credit of single tokens: none, gtpo, gtpo_hicra, gtpo_sepa, gtpo_sepa_amp, gtpo_sepa_amp_c, "
+        "entropy_mask or your own.",
     )
     algorithm_mode: str = Field(default="", description="One algorithm in place of both modes; empty: none.")
     uncertainty_kind: Uncertainty = Field(
@@ -103,7 +114,9 @@ class Algorithm(Section):
     )
     params: Table = Field(default_factory=dict, description="Parameters of algorithm_mode.")
     advantage_params: Table = Field(default_factory=dict, description="Parameters of a plug-in advantage.")
-    transform_params: Table = Field(default_factory=dict, description="Parameters of a plug-in transform.")
+    transform_params: Table = Field(
+        default_factory=dict, description="Parameters of the transform: rho of entropy_mask, a plug-in's own."
+    )
 
 
 class Training(Section):
@@ -124,10 +137,28 @@ class Training(Section):
     save_every: Limit = Field(default=20, description="Steps between checkpoints; 0: only at the end.")
     keep_checkpoints: Count = Field(default=3, description="Newest checkpoints to keep.")
     warmup_steps: Limit = Field(default=0, description="Steps over which the learning rate rises to lr.")
-    lr_schedule: Name = Field(default="constant", description="Learning rate after the warm-up: constant.")
-    updates_per_batch: Size = Field(default=1, description="Optimizer updates per step.")
+    lr_schedule: Name = Field(
+        default="constant", description="Learning rate after the warm-up: constant, linear or cosine."
+    )
+    lr_final_share: Share = Field(
+        default=0.0, description="Share of lr that linear and cosine end at, in the last step."
+    )
+    updates_per_batch: Size = Field(
+        default=1, description="Optimizer updates per step, each over the whole batch."
+    )
     truncated: Name = Field(
-        default="score", description="Rollouts cut at max_tokens: score them as they are."
+        default="score",
+        description="Rollouts cut at max_tokens: score as they are, mask (no credit), or soft (DAPO's punishment).",
+    )
+    soft_tokens: Limit = Field(
+        default=0, description="Tokens before max_tokens where truncated = soft begins; 0: a fifth of it."
+    )
+    min_signal: Share = Field(
+        default=0.0,
+        description="Share of batch_size groups that must carry a signal before the step trains; 0: any.",
+    )
+    max_oversample: Oversample = Field(
+        default=3.0, description="Most tasks to sample for min_signal, as a multiple of batch_size."
     )
     stop: Names = Field(default=(), description="Texts that end a rollout, besides the model's end tokens.")
     microbatch_tokens: Limit = Field(
@@ -152,18 +183,22 @@ class Optimizer(Section):
 class Loss(Section):
     """The policy loss."""
 
-    kind: Name = Field(default="importance_sampling", description="Policy loss: importance_sampling.")
+    kind: Name = Field(
+        default="importance_sampling", description="Policy loss: importance_sampling, ppo, gspo or cispo."
+    )
     agg: Literal["token_mean", "sequence_mean", "fixed"] = Field(
         default="token_mean",
         description="Mean over tokens, mean of the rollouts' means, or sum over batch * group * max_tokens.",
     )
-    clip_low: Share = Field(
-        default=0.2, description="How far the ratio may fall below 1, in losses that clip."
+    clip_low: Share | None = Field(
+        default=None, description="How far the ratio may fall below 1; unset: ppo 0.2, gspo 3e-4, cispo 1."
     )
-    clip_high: Weight = Field(
-        default=0.2, description="How far the ratio may rise above 1, in losses that clip."
+    clip_high: Weight | None = Field(
+        default=None, description="How far the ratio may rise above 1; unset: ppo 0.2, gspo 4e-4, cispo 4."
     )
-    dual_clip: Weight = Field(default=0.0, description="Bound of the ratio at negative advantages; 0: off.")
+    dual_clip: Weight = Field(
+        default=0.0, description="Bound of the ratio at negative advantages, for ppo, above 1; 0: off."
+    )
     kl: Weight = Field(default=0.0, description="Weight of the KL divergence from the base model; 0: off.")
     kl_kind: Literal["k1", "k2", "k3"] = Field(default="k3", description="Estimator of the KL divergence.")
     entropy: SignedWeight = Field(default=0.0, description="Weight of an entropy bonus; 0: off.")
@@ -204,7 +239,9 @@ class Planning(Section):
     """Which tokens count as planning."""
 
     detector: Name = Field(default="regex", description="Finds planning tokens: regex looks for phrases.")
-    model: Name = Field(default="all-MiniLM-L6-v2", description="Embedding model of the semantic detector.")
+    model: Name = Field(
+        default="all-MiniLM-L6-v2", description="Embedding model of the semantic detector: a name or a folder."
+    )
     threshold: SignedShare = Field(default=0.02, description="Margin of similarity of the semantic detector.")
 
 
@@ -229,11 +266,16 @@ class Inference(Section):
 class Data(Section):
     """The training tasks."""
 
-    source: Name = Field(default="math", description="Where tasks come from: arithmetic, jsonl or gsm8k.")
+    source: Name = Field(
+        default="math",
+        description="Where tasks come from: math, gsm8k, arithmetic, jsonl, hf, reasoning_gym, mixture or your own.",
+    )
     path: str = Field(
         default="",
-        description="A local file or folder of the source's data, beside the TOML or in the working directory.",
+        description="A local file or folder of the source's data, beside the TOML or in the working directory; "
+        "for hf also a data set's id on the Hub.",
     )
+    subset: str = Field(default="", description="For hf: the data set's configuration; empty: its default.")
     split: Name = Field(default="train", description="The part of the data to train on.")
     shuffle: bool = Field(default=True, description="A new order in every epoch, fixed by training.seed.")
     subjects: StringOrStrings = Field(default=(), description='Subjects of math; empty: five, "all": all.')
@@ -242,7 +284,18 @@ class Data(Section):
     template_args: Table = Field(default_factory=dict, description="Arguments of the model's chat template.")
     levels: Levels = Field(default=(2,), description="Difficulty levels of arithmetic.")
     fields: dict[str, Name] = Field(
-        default_factory=dict, description="For jsonl: the dataset's field for our question, answer and id."
+        default_factory=dict,
+        description="For jsonl and hf: the data set's field for our question, answer and id; a.b looks inside a.",
+    )
+    generators: Table = Field(
+        default_factory=dict,
+        description="For reasoning_gym: generator = { weight = 1.0, ... its own settings }.",
+    )
+    size: Count = Field(default=1000, description="For reasoning_gym: number of tasks.")
+    seed: Seed = Field(default=0, description="For reasoning_gym: seed that the tasks are generated from.")
+    mixture: Tables = Field(
+        default=(),
+        description="For mixture: tables with source, weight, name, reward and settings of [data] of their own.",
     )
 
 
@@ -264,8 +317,14 @@ class Reward(Section):
     """How rollouts are scored."""
 
     type: Name = Field(
-        default="match", description="match compares the boxed answer, custom calls your code."
+        default="match",
+        description="match compares the boxed answer as text, math by value, custom calls your code, composite sums "
+        "reward.parts, reasoning_gym asks the task's generator.",
     )
+    parts: Tables = Field(
+        default=(), description="For composite: tables with name, type, weight, gate and the type's own settings."
+    )
+    penalty: Bound = Field(default=0.0, description="For composite: the reward when a gate fails.")
     judge_model: str = Field(default="", description="Model that judges (type judge).")
     custom_module: str = Field(default="", description="Module of your reward function (type custom).")
     custom_function: Name = Field(default="score", description="Your reward function (type custom).")
@@ -293,6 +352,10 @@ class Eval(Section):
         default=None, description="Sampling temperature; unset: training's."
     )
     seed: Seed = Field(default=0, description="Seed of the evaluation's own tasks and sampling noise.")
+    suites: Tables = Field(
+        default=(),
+        description="Further held-out sets: tables with name, source and settings of [eval] and [data] of their own.",
+    )
 
 
 class Backpressure(Section):
