@@ -137,6 +137,12 @@ def credit(group: ScoredGroup, algorithm: Algorithm, sepa_lambda: float) -> Cred
     return CreditedGroup(group, tuple(advantages_G_T), tuple(u_G_T), tuple(planning_G_T), skipped)
 
 
+def has_signal(group: ScoredGroup) -> bool:
+    """True when the group has two valid members whose rewards differ: what dynamic sampling counts."""
+    rewards = [score.reward for score, valid in zip(group.scores_G, group.valid_G, strict=True) if valid]
+    return len(rewards) > 1 and max(rewards) != min(rewards)
+
+
 def _frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     view = array.view()
     view.flags.writeable = False

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from retrain.types import CreditedGroup, TrainBatch, TrainRow
 
 
-def pack(groups_P: Sequence[CreditedGroup], *, temperature: float, fixed_tokens: int) -> TrainBatch:
+def pack(groups_P: Sequence[CreditedGroup], *, temperature: float, fixed_tokens: int, keep_silent: bool = False) -> TrainBatch:
     """Rows of the groups that carry a signal; ``num_tokens`` and ``num_rollouts`` count every valid rollout of
-    the step, so that leaving a group out changes no gradient."""
+    the step, so that leaving a group out changes no gradient. ``keep_silent`` keeps the others as rows with advantage 0,
+    for loss terms that need no advantage (KL, entropy)."""
     rows: list[TrainRow] = []
     tokens = rollouts = 0
     for group in groups_P:
@@ -19,7 +20,7 @@ def pack(groups_P: Sequence[CreditedGroup], *, temperature: float, fixed_tokens:
                 continue
             tokens += rollout.num_sampled
             rollouts += 1
-            if not group.skipped:
+            if keep_silent or not group.skipped:
                 rows.append(
                     TrainRow(rollout.token_ids_T, rollout.sampled_T, rollout.logprobs_T, advantages_T)
                 )

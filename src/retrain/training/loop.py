@@ -23,8 +23,9 @@ from retrain.training.checkpoint import Checkpoints
 from retrain.training.counters import Counters
 from retrain.training.evaluate import Evaluator
 from retrain.training.metrics import announce_groups, learner_metrics, rollout_metrics
-from retrain.training.rollout import EventLoop, collect
-from retrain.types import OptimStep, Sampling, StepReport
+from retrain.training.optim import optim_at
+from retrain.training.rollout import EventLoop, collect_signal
+from retrain.types import Sampling, StepReport
 
 log = logging.getLogger("retrain")
 
@@ -105,26 +106,29 @@ def _step(config: Config, parts: Parts) -> None:
     started = time.perf_counter()
     parts.engine.load(parts.backend.publish())
     synced = time.perf_counter()
-    tasks_P = parts.tasks.take(training.batch_size)
-    got = collect(
-        parts.events, tasks_P, training.group_size, parts.environment, parts.reward, parts.engine, parts.sampling,
+    got = collect_signal(
+        parts.events, parts.tasks, training.batch_size, training.group_size,
+        parts.environment, parts.reward, parts.engine, parts.sampling,
         seed=training.seed, step=step, deadline_s=training.phase_timeout_s, max_error_rate=config.reward.max_error_rate,
+        min_signal=training.min_signal, max_oversample=training.max_oversample,
     )  # fmt: skip
     sepa_lambda = parts.schedule.lambda_at(step)
     gate_open = parts.schedule.gate_open
     groups_P = [credit(group, parts.algorithm, sepa_lambda) for group in got.groups_P]
     stats = step_stats(groups_P, parts.algorithm)
     fixed = training.batch_size * training.group_size * training.max_tokens
-    batch = pack(groups_P, temperature=training.temperature, fixed_tokens=fixed)
+    keep_silent = config.loss.kl != 0 or config.loss.entropy != 0
+    batch = pack(groups_P, temperature=training.temperature, fixed_tokens=fixed, keep_silent=keep_silent)
     parts.schedule.observe(stats.observed)
     trained = time.perf_counter()
     optim = optim_at(config, step)
-    report = None if batch.is_empty else parts.backend.train_step(batch, optim)
+    updates = 0 if batch.is_empty else training.updates_per_batch
+    reports = [parts.backend.train_step(batch, optim) for _ in range(updates)]
     finished = time.perf_counter()
     counters.step += 1
     counters.reward_errors += got.reward_errors
     counters.tokens += batch.num_tokens
-    counters.steps_with_signal += not batch.is_empty
+    counters.steps_with_signal += any(not group.skipped for group in groups_P)
     if stats.observed.correct_rate is not None:
         counters.correct_sum += stats.observed.correct_rate
         counters.correct_steps += 1
@@ -133,14 +137,14 @@ def _step(config: Config, parts: Parts) -> None:
         "advantage_mode": config.algorithm.advantage_mode,
         "transform_mode": config.algorithm.transform_mode,
         "uncertainty_kind": config.algorithm.uncertainty_kind,
-        "batch_size": training.batch_size,
+        "batch_size": len(groups_P),
         "group_size": training.group_size,
         "sepa_lambda": sepa_lambda,
         "sepa_gate_open": gate_open,
         "running_correct_rate": counters.running_correct_rate,
         **rollout_metrics(got),
         **stats.metrics,
-        **learner_metrics(batch, report),
+        **learner_metrics(batch, reports),
         "lr": optim.lr,
         "step_time_s": finished - started,
         "sync_time_s": synced - started,
@@ -152,26 +156,11 @@ def _step(config: Config, parts: Parts) -> None:
     }
     announce_groups(groups_P, config.reward.correct_at)
     parts.log.step(step, metrics, groups_P)
-    _check_update(counters, report)
+    for report in reports:
+        _check_update(counters, report)
 
 
-def optim_at(config: Config, step: int) -> OptimStep:
-    """Optimizer settings of 0-based ``step``: the rate rises linearly over the warm-up steps, then stays."""
-    training, optimizer = config.training, config.optimizer
-    warm = min(1.0, (step + 1) / training.warmup_steps) if training.warmup_steps else 1.0
-    return OptimStep(
-        training.lr * warm,
-        training.weight_decay,
-        optimizer.beta1,
-        optimizer.beta2,
-        optimizer.eps,
-        config.loss.grad_clip,
-    )
-
-
-def _check_update(counters: Counters, report: StepReport | None) -> None:
-    if report is None:
-        return
+def _check_update(counters: Counters, report: StepReport) -> None:
     if not report.update_skipped:
         counters.skipped_updates_in_a_row = 0
         return

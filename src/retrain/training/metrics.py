@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,20 +38,37 @@ def rollout_metrics(got: Collected) -> dict[str, Any]:
     }
 
 
-def learner_metrics(batch: TrainBatch, report: StepReport | None) -> dict[str, Any]:
-    """The learner's report; nulls for a step that had nothing to train on."""
+def learner_metrics(batch: TrainBatch, reports: Sequence[StepReport]) -> dict[str, Any]:
+    """The learner's reports of one step, one per update; nulls for a step that had nothing to train on.
+
+    Loss, gradient norm and ratio are the first update's: there the ratio compares learner and sampler. ``moved_kl``
+    is the approximate KL divergence that the updates before the last one have moved the policy from the sampler;
+    shares and terms are means over the updates.
+    """
+    first, last = (reports[0], reports[-1]) if reports else (None, None)
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        known = [v for v in values if v is not None]
+        return math.fsum(known) / len(known) if known else None
+
     return {
         "num_datums": len(batch.rows),
-        "loss": report.loss if report else None,
-        "loss_is_placeholder": report.loss_is_placeholder if report else False,
-        "grad_norm": report.grad_norm if report else None,
-        "grad_clipped": report.grad_clipped if report else False,
-        "ratio_mean": report.ratio_mean if report else None,
-        "ratio_min": report.ratio_min if report else None,
-        "ratio_max": report.ratio_max if report else None,
-        "approx_kl": report.approx_kl if report else None,
-        "num_microbatches": report.num_microbatches if report else 0,
-        "skipped_update": bool(report and report.update_skipped),
+        "loss": first.loss if first else None,
+        "loss_is_placeholder": first.loss_is_placeholder if first else False,
+        "grad_norm": first.grad_norm if first else None,
+        "grad_clipped": any(r.grad_clipped for r in reports),
+        "ratio_mean": first.ratio_mean if first else None,
+        "ratio_min": first.ratio_min if first else None,
+        "ratio_max": first.ratio_max if first else None,
+        "approx_kl": first.approx_kl if first else None,
+        "moved_kl": last.approx_kl if last else None,
+        "clip_share": mean([r.clip_share for r in reports]),
+        "tis_capped": mean([r.tis_capped for r in reports]),
+        "kl_base": mean([r.kl_base for r in reports]),
+        "policy_entropy": mean([r.entropy for r in reports]),
+        "num_updates": len(reports),
+        "num_microbatches": first.num_microbatches if first else 0,
+        "skipped_update": any(r.update_skipped for r in reports),
     }
 
 

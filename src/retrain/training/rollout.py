@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import threading
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from retrain.algorithms.credit import has_signal
 from retrain.errors import EngineError, RewardError, RunError
-from retrain.protocols import Engine, Environment, Reward
+from retrain.protocols import Engine, Environment, Reward, TaskSource
 from retrain.types import NoiseKey, Rollout, Sampling, Score, ScoredGroup, Task
 
 T = TypeVar("T")
+
+log = logging.getLogger("retrain")
 
 
 class EventLoop:
@@ -159,3 +164,54 @@ def collect(
         ScoredGroup(t, tuple(r), tuple(s)) for t, r, s in zip(tasks_P, rollouts, scores, strict=True)
     )
     return Collected(groups, sampled - started, time.perf_counter() - sampled)
+
+
+def collect_signal(
+    loop: EventLoop,
+    tasks: TaskSource,
+    batch_size: int,
+    n: int,
+    environment: Environment,
+    reward: Reward,
+    engine: Engine,
+    sampling: Sampling,
+    *,
+    seed: int,
+    step: int,
+    deadline_s: float,
+    max_error_rate: float,
+    min_signal: float,
+    max_oversample: float,
+) -> Collected:
+    """Collect ``batch_size`` tasks and, while fewer than ``min_signal`` of that many groups carry a signal, as many
+    more, up to ``max_oversample * batch_size`` in all (dynamic sampling, DAPO, 2503.14476).
+
+    Every group sampled is returned and counts in the loss's denominators; none is thrown away to reach a round number.
+    """
+    wanted = math.ceil(min_signal * batch_size)
+    most = max(batch_size, math.floor(max_oversample * batch_size + 1e-9))
+    got = Collected((), 0.0, 0.0)
+    while True:
+        more = min(batch_size, most - len(got.groups_P))
+        new = collect(
+            loop, tasks.take(more), n, environment, reward, engine, sampling,
+            seed=seed, step=step, deadline_s=deadline_s, max_error_rate=max_error_rate,
+        )  # fmt: skip
+        got = Collected(
+            got.groups_P + new.groups_P,
+            got.sample_time_s + new.sample_time_s,
+            got.score_time_s + new.score_time_s,
+        )
+        signals = sum(has_signal(group) for group in got.groups_P)
+        if signals >= wanted or len(got.groups_P) >= most:
+            break
+    if signals < wanted:
+        log.info(
+            "Step %d: %d of %d groups carry a signal, fewer than training.min_signal asks for (%d), and "
+            "training.max_oversample allows no more.",
+            step,
+            signals,
+            len(got.groups_P),
+            wanted,
+        )
+    return got
