@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 from pydantic import ValidationError
 
-from retrain.config import problems, rules
+from retrain.config import idle, problems, rules
 from retrain.config.fields import key_text, literal, sections, settings
 from retrain.config.positions import line_numbers
 from retrain.config.problems import KeyPath, Problem
@@ -132,7 +132,7 @@ def dump_toml(config: Config) -> str:
         if model is None:
             continue
         lines += ["", f"[{section}]"]
-        lines += _dump(section, model.model_dump(by_alias=True), rules.idle(config))
+        lines += _dump(section, model.model_dump(by_alias=True), idle.idle(config))
     return "\n".join(lines).lstrip("\n") + "\n"
 
 

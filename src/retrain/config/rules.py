@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 from retrain.config import names
-from retrain.config.fields import literal, settings
-from retrain.config.problems import KeyPath, Problem
+from retrain.config.fields import literal
+from retrain.config.idle import findings, get, path_of, stated
+from retrain.config.problems import Problem, dotted
 from retrain.config.schema import Config
 from retrain.config.tables import check_tables
 
@@ -36,23 +35,8 @@ NAMED = {
 }
 """Settings that hold a name, and the kind of name in ``names``."""
 
-_INTERNAL = {"environment": "single_turn", "reward": "routed"}
+_INTERNAL = {"environment": "single_turn", "reward": "routed", "sink": "console"}
 """Names that the plug-in table holds and no configuration writes."""
-
-
-def get(config: Config, key: str) -> Any:
-    """The value of a dotted key; None inside a section that is absent."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, "from_" if part == "from" else part, None)
-    return value
-
-
-def is_given(config: Config, key: str) -> bool:
-    """True when the user wrote the setting, rather than leaving it at its default."""
-    section, _, name = key.partition(".")
-    model = getattr(config, section)
-    return model is not None and ("from_" if name == "from" else name) in model.model_fields_set
 
 
 def check(config: Config) -> Iterator[Problem]:
@@ -61,16 +45,7 @@ def check(config: Config) -> Iterator[Problem]:
     yield from check_tables(config)
     yield from _not_yet(config)
     yield from _combinations(config)
-    yield from _idle_findings(config)
-
-
-def _path(key: str) -> KeyPath:
-    return tuple(key.split("."))
-
-
-def _stated(config: Config, key: str) -> str:
-    default = "" if is_given(config, key) else " (the default)"
-    return f"{key} = {literal(get(config, key))}{default}"
+    yield from findings(config)
 
 
 def _names(config: Config) -> Iterator[Problem]:
@@ -85,13 +60,13 @@ def _name(config: Config, key: str, kind: str, value: str, index: int | None = N
     built = [n for n in names.BUILT[kind] if n != _INTERNAL.get(kind)]
     if value in built:
         return
-    path = _path(key) if index is None else (*_path(key), index)
-    stated = _stated(config, key) if index is None else f"{key}: {literal(value)}"
-    use = " or ".join(f"{key} = {literal(n)}" for n in built) if index is None else "leave it out"
+    path = path_of(key) if index is None else (*path_of(key), index)
+    shown = stated(config, key) if index is None else f"{key}: {literal(value)}"
+    use = " or ".join(f"{key} = {literal(n)}" for n in built) if index is None else " or ".join(map(literal, built))
     if value in names.LATER[kind]:
         yield Problem(
             path,
-            f"{stated} is not in this version.",
+            f"{shown} is not in this version.",
             f"write {use}." if built else "leave it out.",
             later=True,
         )
@@ -99,19 +74,19 @@ def _name(config: Config, key: str, kind: str, value: str, index: int | None = N
         return
     elif "." in value or ":" in value:
         yield Problem(
-            path, f"{stated}: a {kind} of your own is not in this version.", f"write {use}.", later=True
+            path, f"{shown}: a {kind} of your own is not in this version.", f"write {use}.", later=True
         )
     elif kind == "algorithm":
         yield Problem(
             path,
-            f"{stated} is unknown: it takes the dotted path of your own algorithm.",
+            f"{shown} is unknown: it takes the dotted path of your own algorithm.",
             'for example "my_module.my_algorithm", or use advantage_mode and transform_mode.',
         )
     else:
         near = difflib.get_close_matches(value, [*built, *names.LATER[kind]], n=1, cutoff=0.6)
         known = ", ".join(built) or "none in this version"
         yield Problem(
-            path, f"{stated} is unknown.", f"did you mean {literal(near[0])}?" if near else f"known: {known}."
+            path, f"{shown} is unknown.", f"did you mean {literal(near[0])}?" if near else f"known: {known}."
         )
 
 
@@ -122,7 +97,7 @@ def _not_yet(config: Config) -> Iterator[Problem]:
     ]
     for key, is_wanted, fix in wanted:
         if is_wanted:
-            yield Problem(_path(key), f"{_stated(config, key)} is not in this version.", fix, later=True)
+            yield Problem(path_of(key), f"{stated(config, key)} is not in this version.", fix, later=True)
     if config.campaign is not None:
         yield Problem(
             ("campaign",),
@@ -135,7 +110,7 @@ def _not_yet(config: Config) -> Iterator[Problem]:
     if re.fullmatch(r"\s*(gpu:\d+|cpu)(\s*,\s*(gpu:\d+|cpu))+\s*", config.backend.devices):
         yield Problem(
             ("backend", "devices"),
-            f"{_stated(config, 'backend.devices')}: more than one device is not in this version.",
+            f"{stated(config, 'backend.devices')}: more than one device is not in this version.",
             f"name one: {literal(config.backend.devices.split(',')[0].strip())}.",
             later=True,
         )
@@ -152,13 +127,13 @@ def _combinations(config: Config) -> Iterator[Problem]:
         )
         yield Problem(
             ("backend", "devices"),
-            f"{_stated(config, 'backend.devices')} is not gpu:N or cpu.",
+            f"{stated(config, 'backend.devices')} is not gpu:N or cpu.",
             f"for example {literal(near)}.",
         )
     elif "," in devices and not re.fullmatch(r"\s*(gpu:\d+|cpu)(\s*,\s*(gpu:\d+|cpu))+\s*", devices):
         yield Problem(
             ("backend", "devices"),
-            f"{_stated(config, 'backend.devices')} is not gpu:N or cpu.",
+            f"{stated(config, 'backend.devices')} is not gpu:N or cpu.",
             'for example "gpu:0".',
         )
     if config.model.trust_remote_code:
@@ -168,6 +143,8 @@ def _combinations(config: Config) -> Iterator[Problem]:
             "set it to false and use a model that transformers supports itself.",
         )
     yield from _engine(config)
+    yield from _reward(config)
+    yield from _updates(config)
     if config.reward.type == "custom" and not config.reward.custom_module:
         yield Problem(
             ("reward", "type"),
@@ -227,8 +204,8 @@ def _engine(config: Config) -> Iterator[Problem]:
         if getattr(inference, name) in values:
             key = f"inference.{name}"
             yield Problem(
-                _path(key),
-                f'{_stated(config, key)} does not work with inference.engine = "pytorch".',
+                path_of(key),
+                f'{stated(config, key)} does not work with inference.engine = "pytorch".',
                 fix,
                 because="inference.engine",
             )
@@ -238,6 +215,104 @@ def _engine(config: Config) -> Iterator[Problem]:
             'inference.attention_kernel = "flash" needs CUDA, and backend.devices = "cpu".',
             'write attention_kernel = "default".',
             because="backend.devices",
+        )
+
+
+def _reward(config: Config) -> Iterator[Problem]:
+    reward, training = config.reward, config.training
+    if reward.type == "composite" and not reward.parts:
+        yield Problem(
+            ("reward", "type"),
+            'reward.type = "composite" needs reward.parts.',
+            'add a table per part: [[reward.parts]] with type = "math" and weight = 1.0.',
+        )
+    generated = "reasoning_gym" in (
+        config.data.source,
+        config.eval.source,
+        *(table.get("source") for table in (*config.data.mixture, *config.eval.suites)),
+    )
+    if reward.type == "reasoning_gym" and not generated:
+        yield Problem(
+            ("reward", "type"),
+            'reward.type = "reasoning_gym" scores tasks of the source reasoning_gym only.',
+            'write data.source = "reasoning_gym", or reward.type = "math".',
+        )
+    if config.data.source == "reasoning_gym" and reward.type in ("match", "math"):
+        yield Problem(
+            ("reward", "type"),
+            f"{stated(config, 'reward.type')}: many reasoning_gym tasks have several right answers, which only "
+            'reward.type = "reasoning_gym" knows.',
+            note=True,
+        )
+    if training.truncated == "soft":
+        if config.algorithm.advantage_mode == "maxrl" and not config.algorithm.algorithm_mode:
+            yield Problem(
+                ("training", "truncated"),
+                'training.truncated = "soft" takes rewards below 0, and advantage_mode = "maxrl" needs them in [0, 1].',
+                'write algorithm.advantage_mode = "grpo", or truncated = "mask".',
+                because="algorithm.advantage_mode",
+            )
+        if training.soft_tokens >= training.max_tokens:
+            yield Problem(
+                ("training", "soft_tokens"),
+                f"training.soft_tokens = {training.soft_tokens} leaves nothing of max_tokens = {training.max_tokens}.",
+                "set it lower; 0 is a fifth of max_tokens.",
+            )
+
+
+def _updates(config: Config) -> Iterator[Problem]:
+    """What repeated updates, clipping and the terms of the loss mean for each other."""
+    loss, updates = config.loss, config.training.updates_per_batch
+    if loss.dual_clip and loss.kind == "ppo" and loss.dual_clip <= 1:
+        yield Problem(
+            ("loss", "dual_clip"),
+            f"loss.dual_clip = {loss.dual_clip:g} must be above 1: it bounds the ratio of tokens with negative advantage.",
+            "3 is usual; 0 turns it off.",
+        )
+    if loss.kind in ("ppo", "gspo", "cispo") and updates == 1:
+        yield Problem(
+            ("loss", "kind"),
+            f"loss.kind = {literal(loss.kind)} clips nothing with training.updates_per_batch = 1: the ratio of the only "
+            "update is 1, up to numerics.",
+            because="training.updates_per_batch",
+            note=True,
+        )
+    if loss.kind == "importance_sampling" and updates > 1:
+        yield Problem(
+            ("training", "updates_per_batch"),
+            f"training.updates_per_batch = {updates} with loss.kind = \"importance_sampling\": nothing bounds the ratio of "
+            "the later updates; ppo, gspo and cispo clip it, loss.tis_cap caps it.",
+            because="loss.kind",
+            note=True,
+        )
+    if loss.tis_cap and config.inference.engine == "pytorch" and updates == 1:
+        yield Problem(
+            ("loss", "tis_cap"),
+            "loss.tis_cap caps nothing with the in-process engine and one update per batch: sampler and learner agree.",
+            because="inference.engine",
+            note=True,
+        )
+    if loss.kl and loss.kl_kind == "k1":
+        yield Problem(
+            ("loss", "kl_kind"),
+            'loss.kl_kind = "k1": as a term of the loss its gradient is zero on average, so it does not hold the policy; '
+            "k2 has the gradient of the KL divergence.",
+            note=True,
+        )
+    if config.model.quantization and config.backend.devices == "cpu":
+        yield Problem(
+            ("model", "quantization"),
+            f'{stated(config, "model.quantization")} needs CUDA: on the CPU its 4-bit kernels are slower than the whole '
+            "model, and are not tested.",
+            'leave it empty, or write backend.devices = "gpu:0".',
+            because="backend.devices",
+        )
+    if config.lora.dropout:
+        yield Problem(
+            ("lora", "dropout"),
+            f"lora.dropout = {config.lora.dropout:g}: the learner drops adapter inputs that the sampler kept, so the loss's "
+            "ratio is noisy; ratio_mean and ratio_max are measured with dropout off.",
+            note=True,
         )
 
 
@@ -256,6 +331,25 @@ def _data(config: Config) -> Iterator[Problem]:
             'eval.source = "jsonl" needs eval.path.',
             'name the file, for example path = "held-out.jsonl".',
         )
+    if data.source == "hf" and not data.path:
+        yield Problem(
+            ("data", "source"),
+            'data.source = "hf" needs data.path.',
+            'name the data set, for example path = "openai/gsm8k".',
+        )
+    if data.source == "mixture" and not data.mixture:
+        yield Problem(
+            ("data", "source"),
+            'data.source = "mixture" needs data.mixture.',
+            'add a table per source: [[data.mixture]] with source = "gsm8k" and weight = 1.0.',
+        )
+    for place, source in [
+        *((("data", "mixture", i, "source"), t.get("source")) for i, t in enumerate(data.mixture)),
+        *((("eval", "suites", i, "source"), t.get("source")) for i, t in enumerate(held_out.suites)),
+        (("eval", "source"), held_out.source),
+    ]:
+        if source == "mixture":
+            yield Problem(place, f"{dotted(place)} cannot be a mixture itself.", "name its sources one by one.")
     shared = held_out.source == data.source and path == data.path
     if shared and (held_out.split == data.split or path.endswith(".jsonl")):
         yield Problem(
@@ -263,164 +357,3 @@ def _data(config: Config) -> Iterator[Problem]:
             "the evaluation uses the training tasks, so its accuracy is not a held-out one.",
             note=True,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Idle:
-    """Settings that do nothing while ``when`` holds; ``refuse`` makes a value but the default an error.
-
-    A key that the user emptied (``eval.source = ""``) was switched off on purpose: then nothing is refused.
-    """
-
-    keys: tuple[str, ...]
-    when: Callable[[Config], bool]
-    because: str
-    refuse: bool = True
-
-
-def _section(name: str, *without: str) -> tuple[str, ...]:
-    return tuple(k for k in settings() if k.startswith(f"{name}.") and k not in without)
-
-
-def _idle_rules() -> tuple[_Idle, ...]:
-    def arithmetic_only(c: Config) -> bool:
-        return c.data.source != "arithmetic" and c.eval.source != "arithmetic"
-
-    def uses_jsonl(c: Config) -> bool:
-        return "jsonl" in (c.data.source, c.eval.source)
-
-    return (
-        _Idle(("data.levels",), arithmetic_only, "data.source"),
-        _Idle(("data.path",), lambda c: c.data.source == "arithmetic", "data.source"),
-        _Idle(("data.fields",), lambda c: not uses_jsonl(c), "data.source"),
-        _Idle(("data.subjects",), lambda c: c.data.source != "math", "data.source"),
-        _Idle(
-            ("data.split",),
-            lambda c: c.data.source == "jsonl" and c.data.path.endswith(".jsonl"),
-            "data.path",
-        ),
-        _Idle(_section("eval", "eval.source"), lambda c: not c.eval.source, "eval.source"),
-        _Idle(("eval.levels",), lambda c: c.eval.source not in ("", "arithmetic"), "eval.source"),
-        _Idle(("eval.path",), lambda c: c.eval.source == "arithmetic", "eval.source"),
-        _Idle(
-            ("reward.custom_module", "reward.custom_function"),
-            lambda c: c.reward.type != "custom",
-            "reward.type",
-        ),
-        _Idle(
-            ("reward.timeout_s", "reward.isolate"),
-            lambda c: c.reward.type == "match",
-            "reward.type",
-            refuse=False,
-        ),
-        _Idle(("reward.correct_at",), lambda c: c.reward.type == "match", "reward.type", refuse=False),
-        _Idle(("reward.judge_model",), lambda c: c.reward.type != "judge", "reward.type"),
-        _Idle(
-            _section("environment", "environment.provider"),
-            lambda c: not c.environment.provider,
-            "environment.provider",
-        ),
-        _Idle(("algorithm.params",), lambda c: not c.algorithm.algorithm_mode, "algorithm.algorithm_mode"),
-        _Idle(
-            ("algorithm.advantage_params",),
-            lambda c: c.algorithm.advantage_mode in names.BUILT["advantage"],
-            "algorithm.advantage_mode",
-        ),
-        _Idle(
-            ("algorithm.transform_params",),
-            lambda c: c.algorithm.transform_mode in names.BUILT["transform"],
-            "algorithm.transform_mode",
-        ),
-        _Idle(
-            ("loss.clip_low", "loss.clip_high"), lambda c: c.loss.kind == "importance_sampling", "loss.kind"
-        ),
-        _Idle(("loss.kl_kind",), lambda c: c.loss.kl == 0, "loss.kl", refuse=False),
-        _Idle(("inference.url",), lambda c: c.inference.engine == "pytorch", "inference.engine"),
-        _Idle(
-            ("model.base_url", "backend.options"), lambda c: c.backend.backend == "local", "backend.backend"
-        ),
-        _Idle(
-            ("backend.max_concurrent",),
-            lambda c: c.backend.backend == "local",
-            "backend.backend",
-            refuse=False,
-        ),
-        _Idle(("model.revision",), lambda c: c.model.model == names.TINY_MODEL, "model.model"),
-        _Idle(
-            _section("sepa"),
-            lambda c: not c.algorithm.transform_mode.startswith("gtpo_sepa"),
-            "algorithm.transform_mode",
-            refuse=False,
-        ),
-        _Idle(
-            ("sepa.ema_decay", "sepa.threshold", "sepa.warmup_updates"),
-            lambda c: c.algorithm.transform_mode == "gtpo_sepa" and c.sepa.schedule != "auto",
-            "sepa.schedule",
-            refuse=False,
-        ),
-        _Idle(
-            ("gtpo.beta",),
-            lambda c: c.algorithm.transform_mode == "none",
-            "algorithm.transform_mode",
-            refuse=False,
-        ),
-        _Idle(
-            ("hicra.alpha",),
-            lambda c: c.algorithm.transform_mode != "gtpo_hicra",
-            "algorithm.transform_mode",
-            refuse=False,
-        ),
-        _Idle(
-            ("planning.model", "planning.threshold"),
-            lambda c: c.planning.detector == "regex",
-            "planning.detector",
-            refuse=False,
-        ),
-        _Idle(
-            _section("backpressure", "backpressure.enabled"),
-            lambda c: not c.backpressure.enabled,
-            "backpressure.enabled",
-            refuse=False,
-        ),
-        _Idle(
-            tuple(f"logging.wandb_{n}" for n in ("run_name", "entity", "group", "tags")),
-            lambda c: not c.logging.wandb_project and "wandb" not in c.logging.trackers,
-            "logging.wandb_project",
-            refuse=False,
-        ),
-        _Idle(
-            ("training.deterministic",), lambda c: c.backend.devices == "cpu", "backend.devices", refuse=False
-        ),
-    )
-
-
-def idle(config: Config) -> Mapping[str, str]:
-    """Settings that do nothing in this configuration, with the key whose value makes them so."""
-    return {key: rule.because for rule in _idle_rules() if rule.when(config) for key in rule.keys}
-
-
-def _idle_findings(config: Config) -> Iterator[Problem]:
-    for rule in _idle_rules():
-        if not rule.when(config):
-            continue
-        given = [key for key in rule.keys if is_given(config, key)]
-        switched_off = is_given(config, rule.because) and not get(config, rule.because)
-        refuse = rule.refuse and not switched_off
-        meant = [key for key in given if refuse and get(config, key) != settings()[key].default]
-        state = f"{rule.because} = {literal(get(config, rule.because))}"
-        for key in meant:
-            yield Problem(
-                _path(key),
-                f"{key} does nothing with {state}.",
-                f"remove it, or change {rule.because}.",
-                because=rule.because,
-            )
-        rest = [key for key in given if key not in meant]
-        if rest:
-            verb = "does" if len(rest) == 1 else "do"
-            yield Problem(
-                _path(rest[0]),
-                f"{', '.join(rest)} {verb} nothing with {state}.",
-                because=rule.because,
-                note=True,
-            )

@@ -105,8 +105,7 @@ class Algorithm(Section):
     )
     transform_mode: Name = Field(
         default="gtpo_sepa",
-        description="Credit of single tokens: none, gtpo, gtpo_hicra, gtpo_sepa, gtpo_sepa_amp, gtpo_sepa_amp_c, "
-        "entropy_mask or your own.",
+        description="Credit of tokens: none, gtpo, gtpo_{hicra,sepa,sepa_amp,sepa_amp_c}, entropy_mask or your own.",
     )
     algorithm_mode: str = Field(default="", description="One algorithm in place of both modes; empty: none.")
     uncertainty_kind: Uncertainty = Field(
@@ -148,7 +147,7 @@ class Training(Section):
     )
     truncated: Name = Field(
         default="score",
-        description="Rollouts cut at max_tokens: score as they are, mask (no credit), or soft (DAPO's punishment).",
+        description="Rollouts cut at max_tokens: score as they are, mask their credit, or soft punishment.",
     )
     soft_tokens: Limit = Field(
         default=0, description="Tokens before max_tokens where truncated = soft begins; 0: a fifth of it."
@@ -268,12 +267,11 @@ class Data(Section):
 
     source: Name = Field(
         default="math",
-        description="Where tasks come from: math, gsm8k, arithmetic, jsonl, hf, reasoning_gym, mixture or your own.",
+        description="Tasks: math, gsm8k, arithmetic, jsonl, hf, reasoning_gym, mixture or your own source.",
     )
     path: str = Field(
         default="",
-        description="A local file or folder of the source's data, beside the TOML or in the working directory; "
-        "for hf also a data set's id on the Hub.",
+        description="File or folder of the data, beside the TOML or in the working directory; for hf also a Hub id.",
     )
     subset: str = Field(default="", description="For hf: the data set's configuration; empty: its default.")
     split: Name = Field(default="train", description="The part of the data to train on.")
@@ -285,7 +283,7 @@ class Data(Section):
     levels: Levels = Field(default=(2,), description="Difficulty levels of arithmetic.")
     fields: dict[str, Name] = Field(
         default_factory=dict,
-        description="For jsonl and hf: the data set's field for our question, answer and id; a.b looks inside a.",
+        description="For jsonl and hf: the field for our question, answer and id; a.b looks inside a.",
     )
     generators: Table = Field(
         default_factory=dict,
@@ -295,7 +293,7 @@ class Data(Section):
     seed: Seed = Field(default=0, description="For reasoning_gym: seed that the tasks are generated from.")
     mixture: Tables = Field(
         default=(),
-        description="For mixture: tables with source, weight, name, reward and settings of [data] of their own.",
+        description="For mixture: tables with source, weight, name, reward and other keys of [data].",
     )
 
 
@@ -318,11 +316,10 @@ class Reward(Section):
 
     type: Name = Field(
         default="match",
-        description="match compares the boxed answer as text, math by value, custom calls your code, composite sums "
-        "reward.parts, reasoning_gym asks the task's generator.",
+        description="match compares boxed answers as text, math by value; custom, composite, reasoning_gym.",
     )
     parts: Tables = Field(
-        default=(), description="For composite: tables with name, type, weight, gate and the type's own settings."
+        default=(), description="For composite: tables with name, type, weight, gate and keys of the type."
     )
     penalty: Bound = Field(default=0.0, description="For composite: the reward when a gate fails.")
     judge_model: str = Field(default="", description="Model that judges (type judge).")
@@ -354,7 +351,7 @@ class Eval(Section):
     seed: Seed = Field(default=0, description="Seed of the evaluation's own tasks and sampling noise.")
     suites: Tables = Field(
         default=(),
-        description="Further held-out sets: tables with name, source and settings of [eval] and [data] of their own.",
+        description="Further held-out sets: tables with name, source and other keys of [eval] and [data].",
     )
 
 

@@ -34,7 +34,9 @@ class SourceTable(Section):
 
     name: str = Field(default="", description="What curves and task ids call it; empty: the source's name.")
     source: Name = Field(description="Where its tasks come from.")
-    reward: str = Field(default="", description="match, math or reasoning_gym for its tasks; empty: reward.type.")
+    reward: str = Field(
+        default="", description="match, math or reasoning_gym for its tasks; empty: reward.type."
+    )
     path: str = ""
     subset: str = ""
     levels: Levels = (2,)
@@ -55,7 +57,9 @@ class SourceTable(Section):
 class MixtureTable(SourceTable):
     """One source of ``data.mixture``."""
 
-    weight: Weight = Field(default=1.0, description="Share of the tasks that come from here, relative to the others.")
+    weight: Weight = Field(
+        default=1.0, description="Share of the tasks that come from here, relative to the others."
+    )
     split: Name = "train"
     max_examples: Limit = 0
 
@@ -80,14 +84,20 @@ class PartTable(Section):
     function: Name = Field(default="score", description="For custom: name of the function.")
     texts: Strings = Field(default=(), description="For penalize_text_containing: any of these costs 1.")
     pattern: str = Field(default="", description="For regex: a pattern that must be found.")
-    tags: Strings = Field(default=(), description="For format: tags that must stand once, closed, in this order.")
+    tags: Strings = Field(
+        default=(), description="For format: tags that must stand once, closed, in this order."
+    )
     boxed: bool = Field(default=False, description="For format: the response must hold a closed box.")
     min: Limit = Field(default=0, description="For length: the least that is accepted.")
     max: Limit = Field(default=0, description="For length: the most that is accepted; 0: no limit.")
     unit: Literal["tokens", "words", "characters"] = Field(default="tokens", description="For length.")
     language: str = Field(default="", description="For language: ISO 639-1 code, such as en.")
-    schema_: Table = Field(default_factory=dict, alias="schema", description="For json_schema: the JSON Schema.")
-    tokens: Limit = Field(default=0, description="For overlong: where it begins, before max_tokens; 0: a fifth.")
+    schema_: Table = Field(
+        default_factory=dict, alias="schema", description="For json_schema: the JSON Schema."
+    )
+    tokens: Limit = Field(
+        default=0, description="For overlong: where it begins, before max_tokens; 0: a fifth."
+    )
 
     @property
     def label(self) -> str:
@@ -137,7 +147,9 @@ def _check(path: KeyPath, tables: Sequence[Mapping[str, Any]], model: type[T]) -
         labels[label] = index
 
 
-def _problem(path: KeyPath, model: type[Section], loc: Sequence[str | int], message: str, kind: str) -> Problem:
+def _problem(
+    path: KeyPath, model: type[Section], loc: Sequence[str | int], message: str, kind: str
+) -> Problem:
     place = (*path, *loc)
     shown = f"{path[0]}.{path[1]}[{path[2]}]"
     if kind == "extra_forbidden":
