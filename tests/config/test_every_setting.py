@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from retrain.config import fields, rules, templates
+from retrain.config import fields, idle, templates
 from retrain.config.load import dump_toml, load, load_config
 from retrain.config.schema import Config
 from retrain.errors import ConfigError
@@ -80,7 +80,7 @@ def test_a_misspelling_is_refused(key: str) -> None:
 def test_every_setting_is_reachable_by_its_key() -> None:
     for key, setting in ALL.items():
         if setting.section not in ("campaign", "squeeze"):
-            assert rules.get(Config(), key) == setting.default
+            assert idle.get(Config(), key) == setting.default
 
 
 def test_a_file_that_states_every_default_loads() -> None:

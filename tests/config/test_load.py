@@ -121,8 +121,8 @@ def test_a_config_is_frozen() -> None:
         ),
         (
             "[data]\nx.y.z = 1\n",
-            "2: data.x is not a setting. Fix: remove it; [data] has source, path, split, shuffle, subjects, "
-            "instruction, system, template_args, levels, fields.",
+            "2: data.x is not a setting. Fix: remove it; [data] has source, path, subset, split, shuffle, "
+            "subjects, instruction, system, template_args, levels, fields, generators, size, seed, mixture.",
         ),
     ],
 )
@@ -132,11 +132,10 @@ def test_each_mistake_is_one_line_with_place_and_fix(tmp_path: Path, text: str, 
 
 
 def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
-    path = write(tmp_path, '[training]\nlr = 0\nfoo_bar = 1\n[reward]\ntype = "math"\n[sepa]\nsteps = -1\n')
+    path = write(tmp_path, '[training]\nlr = 0\nfoo_bar = 1\n[reward]\ntype = "judge"\n[sepa]\nsteps = -1\n')
     lines = problems(path, [Override.of("training.batch_size", 0, "--batch-size")])
     places = [line.split(": ")[0].removeprefix(f"{path}") for line in lines]
-    assert places == ["", ":2", ":3", ":5", ":7", "--batch-size"]
-    assert lines[0].startswith(f'{path}: data.source = "math" (the default) is not in this version.')
+    assert places == [":2", ":3", ":5", ":7", "--batch-size"]
 
 
 def test_what_follows_from_a_misspelled_key_is_not_reported(tmp_path: Path) -> None:
@@ -152,8 +151,8 @@ def test_flags_name_themselves() -> None:
 
 
 def test_only_what_is_not_built_raises_not_in_this_version(tmp_path: Path) -> None:
-    with pytest.raises(NotInThisVersion, match=r'reward\.type = "math" is not in this version'):
-        load(write(tmp_path, TINY + '[reward]\ntype = "math"\n'))
+    with pytest.raises(NotInThisVersion, match=r'reward\.type = "judge" is not in this version'):
+        load(write(tmp_path, TINY + '[reward]\ntype = "judge"\n'))
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,8 @@ def _name(config: Config, key: str, kind: str, value: str, index: int | None = N
     elif kind == "algorithm":
         yield Problem(
             path,
-            f"{shown} is unknown: it takes the dotted path of your own algorithm.",
-            'for example "my_module.my_algorithm", or use advantage_mode and transform_mode.',
+            f"{shown} is unknown.",
+            'write the dotted path of your own, such as "my_module.my_algorithm", or use the two modes.',
         )
     else:
         near = difflib.get_close_matches(value, [*built, *names.LATER[kind]], n=1, cutoff=0.6)
