@@ -171,6 +171,7 @@ def inexact_because(
     reasons: list[str] = list(before.get("inexact", ()))
     names = {
         "reward_code": "the reward's code",
+        "plugins": "a plug-in's code",
 
         "machine": "the processor",
         "device": "the device",
@@ -183,7 +184,7 @@ def inexact_because(
             reasons.append(f"{what} was {before.get(key) or 'unknown'} and is {now.get(key) or 'unknown'}")
     if now.get("deterministic") != "yes":
         reasons.append("CUDA kernels are not held to deterministic ones (training.deterministic = true does)")
-    if config.reward.type == "custom" and reward_errors:
+    if reward_errors:
         reasons.append(f"{reward_errors} rewards failed or passed their deadline, which the clock decides")
     return reasons
 
@@ -238,10 +239,10 @@ def advice(
         odd = sum(re.fullmatch(r"-?\d+", t.reference.strip()) is None for t in tasks)
         if odd > 0.05 * len(tasks):
             found.append(
-                f"{odd / len(tasks):.0%} of the references are not plain integers: string match misses equal answers that "
-                "are written differently."
+                f"{odd / len(tasks):.0%} of the references are not plain integers: match misses equal answers that are "
+                'written differently; reward.type = "math" compares their values.'
             )
-    if config.algorithm.transform_mode == "gtpo_sepa":
+    if config.algorithm.transform_mode.startswith("gtpo_sepa") and not config.algorithm.algorithm_mode:
         steps = config.training.max_steps
         first, middle, last = build_schedule(config).linear_lambdas([0, steps // 2, steps - 1])
         if last < 0.5 and config.sepa.schedule == "linear":

@@ -99,7 +99,7 @@ def _run(config: Config, place: preflight.Place, *, plain: bool, stop: threading
 
     with build(config, directory, clear=place.how == "overwrite", plain=plain, check=check) as parts:
         if before is not None:
-            start = _restore(config, parts)
+            start = _restore(config, parts, before.training.max_steps)
         write_atomically(directory / layout.CONFIG, dump_toml(_with(config, "resume", from_="")))
         parts.log.begin(
             {"facts": parts.facts, "started_at_step": start, "max_steps": config.training.max_steps}
@@ -123,8 +123,11 @@ def _run(config: Config, place: preflight.Place, *, plain: bool, stop: threading
         return RunResult(status, parts.counters.step, str(directory), parts.log.latest)
 
 
-def _restore(config: Config, parts: Parts) -> int:
-    """Bring every part back to the newest intact checkpoint and say whether the rest will be byte-exact."""
+def _restore(config: Config, parts: Parts, lr_steps: int) -> int:
+    """Bring every part back to the newest intact checkpoint and say whether the rest will be byte-exact.
+
+    ``lr_steps`` is the length that the learning rate's schedule had before.
+    """
     path, state = parts.checkpoints.newest()
     step = int(state["step"])
     preflight.check_steps(config, step)
@@ -136,6 +139,10 @@ def _restore(config: Config, parts: Parts) -> int:
     parts.checkpoints.discard_after(step)
     log.info("Resuming %s after %d steps from %s.", parts.log.directory, step, path.name)
     reasons = preflight.inexact_because(config, state["facts"], parts.facts, parts.counters.reward_errors)
+    if lr_steps != config.training.max_steps and config.training.lr_schedule != "constant":
+        reasons.append(
+            f"the learning-rate schedule ended at step {lr_steps} and ends at step {config.training.max_steps}"
+        )
     due = step == 0 or (config.eval.every and step % config.eval.every == 0)
     if parts.counters.evaluated_at == step < config.training.max_steps and not due:
         reasons.append(f"the evaluation after step {step} was due only at the shorter run's end")
@@ -174,6 +181,14 @@ def _anchored(config: Config, toml: Path | None) -> Config:
 
     config = _with(config, "data", path=anchor(config.data.path))
     config = _with(config, "eval", path=anchor(config.eval.path))
+    for section, key in (("data", "mixture"), ("eval", "suites")):
+        tables = [dict(table) for table in getattr(getattr(config, section), key)]
+        for table in tables:
+            if isinstance(table.get("path"), str):
+                table["path"] = anchor(table["path"])
+        config = _with(config, section, **{key: tuple(tables)})
+    config = _with(config, "lora", init_from=anchor(config.lora.init_from))
+    config = _with(config, "planning", model=anchor(config.planning.model))
     if not config.model.model.startswith("retrain/"):
         config = _with(config, "model", model=anchor(config.model.model))
     if config.backend.adapter_path:

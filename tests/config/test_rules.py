@@ -218,7 +218,7 @@ def test_soft_punishment_must_leave_something_of_max_tokens() -> None:
 
 def test_dual_clip_bounds_from_above_one() -> None:
     load({**BASE, "loss": {"kind": "ppo", "dual_clip": 3.0}})
-    with pytest.raises(ConfigError, match="loss.dual_clip = 0.5 must be above 1"):
+    with pytest.raises(ConfigError, match=r"loss\.dual_clip = 0\.5 must be above 1"):
         load({**BASE, "loss": {"kind": "ppo", "dual_clip": 0.5}})
 
 

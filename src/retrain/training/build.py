@@ -18,7 +18,7 @@ from retrain import __version__, plugins
 from retrain.algorithms import credit
 from retrain.config.schema import Config
 from retrain.environments.sources import TaskCursor, digest_of, load_tasks
-from retrain.errors import DataError
+from retrain.errors import ConfigError, DataError
 from retrain.protocols import Renderer, Sink
 from retrain.tracking import layout
 from retrain.tracking.run_log import RunLog
@@ -155,8 +155,9 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
         check(renderer, tasks, held_out.tasks if held_out else ())
         events = EventLoop()
         stack.callback(events.close)
-        reward = plugins.load("reward", config.reward.type)(config, renderer)
+        reward = plugins.load("reward", "routed")(config, renderer)
         _close_with(stack, reward)
+        _check_bounds(config, getattr(reward, "bounds", None))
         environment = plugins.load("environment", "single_turn")(config, renderer)
         algorithm = credit.build(config, renderer)
         schedule = credit.build_schedule(config)
@@ -195,6 +196,17 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
                 "reward_code": getattr(reward, "code_digest", ""),
                 **backend.facts(),
             },
+        )
+
+
+def _check_bounds(config: Config, bounds: tuple[float, float] | None) -> None:
+    """ConfigError when rewards are known to leave the range that the advantage is derived for."""
+    maxrl = config.algorithm.advantage_mode == "maxrl" and not config.algorithm.algorithm_mode
+    if maxrl and bounds is not None and not (bounds[0] >= 0 and bounds[1] <= 1):
+        raise ConfigError(
+            f'algorithm.advantage_mode = "maxrl" is derived for rewards in [0, 1]; these lie in '
+            f"[{bounds[0]:g}, {bounds[1]:g}].",
+            fix='write advantage_mode = "grpo", or change the weights of reward.parts.',
         )
 
 
