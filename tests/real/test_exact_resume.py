@@ -140,6 +140,90 @@ def test_eight_steps_equal_three_a_kill_and_the_rest(tmp_path, advantage, transf
         assert state(whole)["schedule"]["var_0"] is not None
 
 
+MIXTURE = {
+    "source": "mixture",
+    "mixture": [
+        {"name": "easy", "source": "arithmetic", "levels": [1], "weight": 1.0},
+        {"name": "hard", "source": "arithmetic", "levels": [2, 3], "weight": 2.0},
+    ],
+}
+SUITES = {
+    "suites": [
+        {"name": "sums", "source": "arithmetic", "levels": [1], "split": "test", "examples": 6, "samples": 2},
+    ]
+}
+
+
+def with_methods(run: Path, kind: str, **more):
+    """Runs in which many methods have state at once."""
+    training = {
+        **config(run, "grpo", "none")["training"],
+        "updates_per_batch": 2,
+        "min_signal": 1.0,
+        "max_oversample": 2.0,
+        "lr_schedule": "cosine",
+    }
+    if kind == "ppo":
+        return config(
+            run, "reinforce_pp", "gtpo_sepa_amp",
+            training={**training, "truncated": "mask"},
+            loss={"kind": "ppo", "clip_high": 0.28, "dual_clip": 3.0, "kl": 0.05, "kl_kind": "k3"},
+            lora={"dropout": 0.1},
+            data=MIXTURE, eval=SUITES,
+            sepa={"delay_steps": 1, "steps": 4, "correct_rate_gate": 0.05},
+            **more,
+        )  # fmt: skip
+    return config(
+        run, "rloo", "entropy_mask",
+        training={**training, "truncated": "soft", "lr_schedule": "linear", "lr_final_share": 0.1},
+        loss={"kind": "cispo", "tis_cap": 2.0, "entropy": 0.001, "kl": 0.05, "kl_kind": "k2", "agg": "fixed"},
+        lora={"rslora": True},
+        algorithm={"advantage_mode": "rloo", "transform_mode": "entropy_mask", "uncertainty_kind": "shannon_entropy"},
+        data=MIXTURE, eval=SUITES,
+        **more,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ppo", "cispo"])
+def test_runs_with_many_methods_resume_to_the_byte(tmp_path, kind):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    resumed = {"config": with_methods(cut, kind, resume={"from": str(cut)})}
+    jobs = [
+        {"config": with_methods(whole, kind)},
+        {"config": with_methods(cut, kind), "kill_at": 3},
+        {**resumed, "kill_at": 6},
+        resumed,
+    ]
+    results = run_jobs(tmp_path, jobs)
+    assert [r["status"] for r in results] == [0, -9, -9, 0], results[-1]["output"]
+    assert all("byte-exact: yes" in r["output"] for r in results[2:]), results[2]["output"]
+    assert_equal_runs(whole, cut)
+    rows = [r for r in timeless(whole) if "condition" in r]
+    assert len(rows) == 8
+    # Everything that the test is about did act.
+    assert any(r["batch_size"] > 3 for r in rows)
+    assert {r["num_updates"] for r in rows} == {2}
+    assert len({r["lr"] for r in rows}) > 6
+    assert all(r["kl_base"] is not None for r in rows)
+    assert any(r["moved_kl"] > r["approx_kl"] for r in rows)
+    assert {"sources/easy/mean_reward", "sources/hard/mean_reward"} <= set().union(*rows)
+    evaluations = [r for r in timeless(whole) if "eval/accuracy" in r]
+    assert evaluations
+    assert all("eval/sums/accuracy" in r and "eval/sums/pass@2" in r for r in evaluations)
+
+
+@pytest.mark.slow
+def test_a_longer_schedule_is_no_exact_continuation(tmp_path):
+    run = tmp_path / "run"
+    short = config(run, "grpo", "none", eval={"source": ""})
+    short["training"] |= {"max_steps": 2, "lr_schedule": "linear"}
+    longer = {**short, "training": {**short["training"], "max_steps": 3}, "resume": {"from": str(run)}}
+    results = run_jobs(tmp_path, [{"config": short}, {"config": longer}])
+    assert [r["status"] for r in results] == [0, 0], results[-1]["output"]
+    assert "byte-exact: no, because the learning-rate schedule ended at step 2 and ends at step 3" in results[1]["output"]
+
+
 @pytest.mark.slow
 def test_slow_unordered_rewards_and_another_hash_seed_change_nothing(tmp_path):
     plugins = tmp_path / "plugins"
