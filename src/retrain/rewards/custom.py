@@ -195,12 +195,19 @@ def _rollout_facts(rollout: Rollout) -> dict[str, Any]:
 
 def build(config: Config, renderer: Renderer) -> CustomReward:
     """The reward of a configuration; ConfigError when the function cannot be imported or called."""
-    settings = config.reward
-    module, function = settings.custom_module, settings.custom_function
+    module, function = config.reward.custom_module, config.reward.custom_function
     if not module:
         raise ConfigError(
             'reward.type = "custom" needs a module.', fix='set reward.custom_module = "my_rewards".'
         )
+    return of_function(
+        config, module, function, f"reward.custom_module = {module!r}, custom_function = {function!r}"
+    )
+
+
+def of_function(config: Config, module: str, function: str, where: str) -> CustomReward:
+    """The reward of one function; ConfigError, beginning with ``where``, when it cannot be imported or called."""
+    settings = config.reward
     runner: _Runner
     try:
         if settings.isolate:
@@ -219,10 +226,7 @@ def build(config: Config, renderer: Renderer) -> CustomReward:
                 function,
             )
     except FunctionRefused as error:
-        raise ConfigError(
-            f"reward.custom_module = {module!r}, custom_function = {function!r}: {error.reason}",
-            fix=error.fix,
-        ) from error
+        raise ConfigError(f"{where}: {error.reason}", fix=error.fix) from error
     return CustomReward(runner, _code_digest(module))
 
 

@@ -218,14 +218,18 @@ class _Pool:
 class Sandbox:
     """Up to ``workers`` children (0 = as many as cores, at most 4) that each run one call at a time.
 
-    Children start when first needed. It belongs to no event loop, and ``close`` may come from any thread.
+    Children start when first needed. A child may hold its share of 80 % of the memory, and at most
+    ``memory_bytes`` where that is not 0. It belongs to no event loop, and ``close`` may come from any thread.
     """
 
-    def __init__(self, module: str, function: str, *, timeout_s: float, workers: int = 0) -> None:
+    def __init__(
+        self, module: str, function: str, *, timeout_s: float, workers: int = 0, memory_bytes: int = 0
+    ) -> None:
         self._module = module
         self._function = function
         self._timeout_s = timeout_s
         self._workers = workers or max(1, min(4, _cores()))
+        self._most_memory = memory_bytes
         self._pool = _Pool()
         # Linux ends a child with the thread that started it, so these threads start them and live as long.
         self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="retrain-reward")
@@ -308,7 +312,7 @@ class Sandbox:
                 "module": self._module,
                 "function": self._function,
                 "timeout_s": self._timeout_s,
-                "memory_bytes": _memory_bytes() * 8 // 10 // self._workers,
+                "memory_bytes": self._memory_bytes(),
                 "parent": os.getpid(),
             }
             ready = child.ask(hello, max(_START_S, self._timeout_s))
@@ -323,6 +327,10 @@ class Sandbox:
                 ) from error
             raise
         return child
+
+    def _memory_bytes(self) -> int:
+        share = _memory_bytes() * 8 // 10 // self._workers
+        return min(share, self._most_memory) if self._most_memory else share
 
     def _give(self, child: _Child) -> None:
         with self._pool.lock:

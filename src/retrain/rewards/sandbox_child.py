@@ -95,6 +95,8 @@ def _extras(request: Mapping[str, Any]) -> dict[str, Any]:
         facts["messages"] = tuple(Message(role, content) for role, content in facts["messages"])
         extras["task"] = Task(**facts)
         extras["info"] = extras["task"].info
+    if "info" in request:  # what our own rewards hand over without a whole task
+        extras["info"] = request["info"]
     if "rollout" in request:
         import numpy as np
 
