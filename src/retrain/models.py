@@ -7,20 +7,19 @@ learning. Leaves out: sampling itself, the loss, the optimizer."""
 from __future__ import annotations
 
 import hashlib
-import json
+import importlib.util
 import logging
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from retrain.adapter import LORA_TARGETS, Mode, attach, read_adapter, start_from, write_adapter
 from retrain.config.schema import Config
 from retrain.errors import ConfigError, ModelError
 from retrain.memory import merged_copies_fit
@@ -28,9 +27,6 @@ from retrain.renderer import model_path
 from retrain.types import Canary, IntArray
 
 log = logging.getLogger("retrain")
-
-LORA_TARGETS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
-"""The linear layers that carry an adapter, sorted: PEFT writes them in hash order, which differs per process."""
 
 
 def resolve_device(devices: str) -> torch.device:
@@ -80,34 +76,57 @@ def _resolve_attention(kernel: str, device: torch.device, dtype: torch.dtype) ->
 
 
 class _SelectedLogprobs(torch.autograd.Function):
-    """Logprobs of chosen tokens from final hidden states, in chunks.
+    """Logprobs of chosen tokens, and on demand the entropies of their distributions, from final hidden states, in chunks.
 
-    The head is frozen, so d logprob / d hidden = (W[target] - p W) / temperature is computed together with
-    the value and stored instead of the logits: no (tokens, vocabulary) tensor outlives its chunk.
+    The head is frozen, so with p the distribution at the temperature, d logprob / d hidden = (W[target] - p W) /
+    temperature and d entropy / d hidden = - (p (log p + entropy)) W / temperature are computed together with the values
+    and stored instead of the logits: no (tokens, vocabulary) tensor outlives its chunk.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: torch.Tensor, head: Head, targets_N: torch.Tensor, temperature: float, chunk: int
-    ) -> torch.Tensor:
-        values = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_NH.device)
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        head: Head,
+        targets_N: torch.Tensor,
+        temperature: float,
+        chunk: int,
+        entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        count, device = len(targets_N), hidden_NH.device
+        values = torch.empty(count, dtype=torch.float32, device=device)
+        entropies = torch.empty(count if entropy else 0, dtype=torch.float32, device=device)
         slopes = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(targets_N), chunk):
+        bends = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] and entropy else None
+        for start in range(0, count, chunk):
             part = slice(start, start + chunk)
             targets = targets_N[part]
             logprobs = torch.log_softmax(head.logits(hidden_NH[part]) / temperature, dim=-1)
             values[part] = logprobs.gather(1, targets[:, None]).squeeze(1)
+            if entropy:
+                # A token of probability 0 adds nothing; 0 * -inf would add NaN.
+                logprobs.clamp_min_(-1e4)
+                mass = logprobs.exp()
+                entropies[part] = -(mass * logprobs).sum(-1)
+                if bends is not None:
+                    logprobs.add_(entropies[part][:, None]).mul_(mass).neg_()
+                    bends[part] = head.transposed(logprobs / temperature).to(bends.dtype)
+            else:
+                mass = logprobs.exp_()
             if slopes is not None:
-                delta = logprobs.exp_().neg_()
-                delta[torch.arange(len(targets), device=delta.device), targets] += 1.0
+                delta = mass.neg_()
+                delta[torch.arange(len(targets), device=device), targets] += 1.0
                 slopes[part] = head.transposed(delta / temperature).to(slopes.dtype)
-        ctx.slopes = slopes
-        return values
+        ctx.slopes, ctx.bends = slopes, bends
+        return values, entropies
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
         slopes: torch.Tensor = ctx.slopes
-        return grads[0][:, None].to(slopes.dtype) * slopes, None, None, None, None
+        out = grads[0][:, None].to(slopes.dtype) * slopes
+        if ctx.bends is not None:
+            out = out + grads[1][:, None].to(slopes.dtype) * ctx.bends
+        return out, None, None, None, None, None
 
 
 class Head:
@@ -135,50 +154,6 @@ class Head:
         return delta_NV.to(self._dense.dtype) @ self._dense
 
 
-@dataclass(slots=True)
-class _Mode:
-    """Which forward the adapted layers run; shared by all of them."""
-
-    kind: Literal["adapter", "merged", "base"] = "adapter"
-
-
-class AdaptedLinear(nn.Module):
-    """A frozen linear layer plus ``scale * B A``, in place of PEFT's own forward.
-
-    In float32 the update may be merged into a separate tensor for sampling. In bf16 it never is, and the
-    float32 product of the adapter is added to the base product before the only rounding: rounding the base
-    product first would lose most of a small update.
-    """
-
-    def __init__(self, base: nn.Linear, a: nn.Parameter, b: nn.Parameter, scale: float, mode: _Mode) -> None:
-        super().__init__()
-        self.base = base
-        self.a, self.b = a, b
-        self.scale = scale
-        self._mode = mode
-        self.merged: torch.Tensor | None = None
-
-    def delta(self) -> torch.Tensor:
-        """The update (out, in) in float32."""
-        return (self.b @ self.a) * self.scale
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) to (..., out) in the dtype of ``x``."""
-        base = self.base
-        if self._mode.kind == "merged" and self.merged is not None:
-            return F.linear(x, self.merged, base.bias)
-        if self._mode.kind == "base":
-            return F.linear(x, base.weight, base.bias)
-        delta = F.linear(F.linear(x.float(), self.a), self.b * self.scale)
-        bias = cast("torch.Tensor | None", base.bias)
-        if bias is not None:
-            delta = delta + bias.float()
-        flat = torch.addmm(
-            delta.reshape(-1, delta.shape[-1]).to(x.dtype), x.reshape(-1, x.shape[-1]), base.weight.T
-        )
-        return flat.reshape(*x.shape[:-1], flat.shape[-1])
-
-
 class Policy:
     """A causal language model with one LoRA adapter.
 
@@ -189,13 +164,14 @@ class Policy:
     def __init__(self, model: Any, lora: Any, seed: int, attention: str) -> None:
         self.model = model
         self.attention = attention
-        self.device: torch.device = next(model.parameters()).device
-        self.dtype: torch.dtype = next(model.parameters()).dtype
-        self._mode = _Mode()
+        embedding: torch.Tensor = model.get_input_embeddings().weight
+        self.device: torch.device = embedding.device
+        self.dtype: torch.dtype = embedding.dtype
+        self._mode = Mode()
         self.peft_config = lora
-        self.parameters_total = sum(p.numel() for p in model.parameters())
+        self.parameters_total = int(model.num_parameters())
         model.requires_grad_(False)
-        self.layers, self.adapter = _attach(model, lora, seed, self._mode)
+        self.layers, self.adapter = attach(model, lora, seed, self._mode)
         self.backbone: Any = getattr(model, model.base_model_prefix)
         self.head = Head(model.get_output_embeddings())
         self._check_head()
@@ -214,6 +190,20 @@ class Policy:
             yield
         finally:
             self._mode.kind = before
+
+    @contextmanager
+    def dropout(self, share: float, seed: int) -> Generator[None]:
+        """Drop that share of the adapter's inputs in forwards in here, drawn from ``seed``; nothing else sees the draw."""
+        if not share:
+            yield
+            return
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            self._mode.dropout = share
+            try:
+                yield
+            finally:
+                self._mode.dropout = 0.0
 
     def merge(self) -> bool:
         """Rebuild the merged sampling copies from the untouched base; False where that is forbidden (bf16) or
@@ -244,7 +234,14 @@ class Policy:
         self, hidden_NH: torch.Tensor, targets_N: torch.Tensor, temperature: float, chunk: int
     ) -> torch.Tensor:
         """Temperature-scaled logprobs (N,) float32 of ``targets_N`` after hidden states (N, H), differentiable."""
-        out: Any = _SelectedLogprobs.apply(hidden_NH, self.head, targets_N, temperature, chunk)
+        out: Any = _SelectedLogprobs.apply(hidden_NH, self.head, targets_N, temperature, chunk, False)
+        return out[0]
+
+    def selected_logprobs_and_entropies(
+        self, hidden_NH: torch.Tensor, targets_N: torch.Tensor, temperature: float, chunk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Also the entropies (N,) in nats of the whole distributions at ``temperature``, differentiable too."""
+        out: Any = _SelectedLogprobs.apply(hidden_NH, self.head, targets_N, temperature, chunk, True)
         return out
 
     def sequence_logprobs(self, ids_T: IntArray, temperature: float = 1.0) -> torch.Tensor:
@@ -280,7 +277,11 @@ class Policy:
         trained = {id(p) for p in self.adapter.values()}
         for name, p in sorted(self.model.named_parameters()):
             if id(p) not in trained:
-                bits = p.detach().flatten().view({1: torch.int8, 2: torch.int16, 4: torch.int32}[p.element_size()])
+                bits = (
+                    p.detach()
+                    .flatten()
+                    .view({1: torch.int8, 2: torch.int16, 4: torch.int32}[p.element_size()])
+                )
                 sums = (int(bits.sum(dtype=torch.int64)), int(bits[::2].sum(dtype=torch.int64)))
                 digest.update(f"{name} {tuple(p.shape)} {sums}".encode())
         return digest.hexdigest()[:16]
@@ -297,40 +298,15 @@ class Policy:
 
     def save_adapter(self, directory: Path) -> None:
         """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT reads them, byte-stable."""
-        from safetensors.torch import save_file
-
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self.adapter.items()}
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = {k: sorted(v) if isinstance(v, set) else v for k, v in self.peft_config.to_dict().items()}
-        config["inference_mode"] = True
-        text = json.dumps(config, indent=2, sort_keys=True, default=str)
-        (directory / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        write_adapter(directory, self.adapter, self.peft_config)
 
     def load_adapter(self, directory: Path) -> None:
         """Read what ``save_adapter`` wrote; ModelError when it belongs to another model or rank."""
-        from safetensors.torch import load_file
-
-        tensors = load_file(directory / "adapter_model.safetensors")
-        for name, p in self.adapter.items():
-            found = tensors.get(name)
-            if found is None or found.shape != p.shape:
-                what = (
-                    "is missing" if found is None else f"has shape {tuple(found.shape)}, not {tuple(p.shape)}"
-                )
-                raise ModelError(
-                    f"{directory}: the adapter does not fit this model: {name} {what}.",
-                    fix="resume with the model, lora_rank and adapter that the run was started with.",
-                )
-        extra = sorted(set(tensors) - set(self.adapter))
-        if extra:
-            raise ModelError(
-                f"{directory}: the adapter holds {len(extra)} tensors that this model lacks, such as {extra[0]}.",
-                fix="resume with the model that the run was started with.",
-            )
-        with torch.no_grad():
-            for name, p in self.adapter.items():
-                p.copy_(tensors[name])
+        read_adapter(
+            directory,
+            self.adapter,
+            "resume with the model, lora_rank and adapter that the run was started with.",
+        )
 
     def _check_untouched(self) -> None:
         """A fresh adapter must score as the base model does: otherwise every later comparison is void."""
@@ -365,39 +341,36 @@ class Policy:
         )
 
 
-def _attach(
-    model: Any, lora: Any, seed: int, mode: _Mode
-) -> tuple[dict[str, AdaptedLinear], dict[str, nn.Parameter]]:
-    """Let PEFT place and initialise the adapter, then put our forward in place of its layers."""
-    from peft import inject_adapter_in_model
-    from peft.tuners.lora.layer import Linear as PeftLinear
+def _quantization(config: Config, device: torch.device, dtype: torch.dtype) -> Any:
+    """The 4-bit settings of ``model.quantization``, None without; ConfigError where this machine cannot honour them."""
+    kind = config.model.quantization
+    if not kind:
+        return None
+    stated = f"model.quantization = {kind!r}"
+    if device.type != "cuda":
+        raise ConfigError(
+            f"{stated} needs a CUDA device: its 4-bit weights are expanded by CUDA kernels.",
+            fix="leave it empty here.",
+        )
+    if dtype != torch.bfloat16:
+        raise ConfigError(
+            f"{stated} computes in bf16, not in float32.", fix='use inference.dtype = "auto" or "bf16".'
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"{stated} needs the package bitsandbytes, which is not installed.",
+            fix='pip install "retrain[qlora]".',
+        )
+    from transformers import BitsAndBytesConfig
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(lora, model)
-        modules: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, PeftLinear)}
-        # PEFT draws A in the module's dtype and on its device; drawing float32 on the CPU keeps one seed one
-        # adapter everywhere.
-        for module in modules.values():
-            a: torch.Tensor = module.lora_A["default"].weight
-            fresh = torch.empty(a.shape, dtype=torch.float32)
-            nn.init.kaiming_uniform_(fresh, a=5**0.5)
-            a.data = fresh.to(a.device)
-            module.lora_B["default"].weight.data = torch.zeros_like(
-                module.lora_B["default"].weight, dtype=torch.float32
-            )
-    layers: dict[str, AdaptedLinear] = {}
-    adapter: dict[str, nn.Parameter] = {}
-    for name, module in modules.items():
-        a_weight, b_weight = module.lora_A["default"].weight, module.lora_B["default"].weight
-        layer = AdaptedLinear(module.base_layer, a_weight, b_weight, float(module.scaling["default"]), mode)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
-        layers[name] = layer
-        for part, weight in (("lora_A", a_weight), ("lora_B", b_weight)):
-            weight.requires_grad_(True)
-            adapter[f"base_model.model.{name}.{part}.weight"] = weight
-    return layers, dict(sorted(adapter.items()))
+    # QLoRA (2305.14314): the constants of the quantisation are quantised too; the head keeps its precision.
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head"],
+    )
 
 
 def load_policy(config: Config, *, seed: int) -> Policy:
@@ -410,6 +383,7 @@ def load_policy(config: Config, *, seed: int) -> Policy:
             'inference.kv_cache_dtype = "bf16" with float32 compute would let the sampler differ from the learner.',
             fix='use "auto", or inference.dtype = "bf16" as well.',
         )
+    quantized = _quantization(config, device, dtype)
     name = config.model.model
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from peft import LoraConfig
@@ -419,6 +393,9 @@ def load_policy(config: Config, *, seed: int) -> Policy:
     log.info("Loading train model: %s on %s...", name, device)
     hf_logging.disable_progress_bar()
     auto: Any = AutoModelForCausalLM
+    placed: dict[str, Any] = (
+        {"quantization_config": quantized, "device_map": {"": device}} if quantized else {}
+    )
     try:
         model = auto.from_pretrained(
             model_path(name),
@@ -427,6 +404,7 @@ def load_policy(config: Config, *, seed: int) -> Policy:
             attn_implementation=attention,
             trust_remote_code=False,
             use_safetensors=True,
+            **placed,
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -434,7 +412,9 @@ def load_policy(config: Config, *, seed: int) -> Policy:
             f"model.model = {name!r} cannot be loaded: {reason}",
             fix='name a folder that holds a Hugging Face model, an id on the Hub, or "retrain/tiny".',
         ) from error
-    model.to(device).eval()
+    if not quantized:
+        model.to(device)
+    model.eval()
     for module in model.modules():
         # Recomputing activations needs training mode, in which dropout would part learner and sampler.
         if isinstance(module, nn.Dropout):
@@ -461,6 +441,9 @@ def load_policy(config: Config, *, seed: int) -> Policy:
         bias="none",
     )
     policy = Policy(model, lora, seed, attention)
+    # A resumed run brings its own adapter: the one that it began with may be gone.
+    if config.lora.init_from and not config.resume.from_:
+        start_from(Path(config.lora.init_from).expanduser(), policy.adapter, lora)
     total = policy.parameters_total + policy.trainable
     log.info(
         "trainable params: %s || all params: %s || trainable%%: %.4f",

@@ -12,7 +12,7 @@ import torch
 
 from retrain.backends import local
 from retrain.backends.local import plan_microbatches
-from retrain.backends.loss import importance_sampling, token_weights
+from retrain.backends.loss import LossSettings, LossTokens, importance_sampling, token_weights
 from retrain.errors import ResumeError
 from retrain.types import OptimStep, TrainBatch, TrainRow
 
@@ -175,7 +175,8 @@ def test_a_microbatch_plan_covers_every_row_once_longest_first():
 def test_importance_sampling_is_reinforce_on_policy():
     new = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([2.0, -3.0], dtype=torch.float64)
-    importance_sampling(new, new.detach(), advantages).sum().backward()
+    tokens = LossTokens(new, new.detach(), advantages, torch.zeros(2, dtype=torch.long))
+    importance_sampling(tokens, LossSettings())[0].sum().backward()
     torch.testing.assert_close(new.grad, -advantages)
 
 

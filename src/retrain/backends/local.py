@@ -1,5 +1,5 @@
 """The local learner: PyTorch forward and backward over a LoRA adapter, in microbatches whose plan depends only
-on configuration and lengths. Leaves out: more than one device, more than one update per batch."""
+on configuration and lengths. Leaves out: more than one device."""
 
 # torch, peft and safetensors are only partly typed: what they return is Any here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -7,21 +7,22 @@ on configuration and lengths. Leaves out: more than one device, more than one up
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrain import plugins
 from retrain.backends.loss import token_weights
+from retrain.backends.objective import Objective, Scored, Tally, summary
 from retrain.config.schema import Config
 from retrain.errors import ModelError, ResumeError
 from retrain.memory import MemoryPlan
@@ -45,13 +46,38 @@ def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]
     return plan
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A microbatch on the device: padded rows (B, T), and per-token values (N,) of the sampled tokens, row by row."""
+
+    ids_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    sampled_BT: torch.Tensor
+    before_BT: torch.Tensor
+    row_N: torch.Tensor
+    sampler_N: torch.Tensor
+    advantages_N: torch.Tensor
+    weights_N: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """Logprobs that stay the same over a batch's updates, by the rows of the microbatch: the learner's before the
+    first update, and the base model's."""
+
+    batch: TrainBatch | None = None
+    learner: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict[tuple[int, ...], torch.Tensor])
+    base: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict[tuple[int, ...], torch.Tensor])
+
+
 class LocalBackend:
     """Backend over a ``Policy`` in this process."""
 
-    def __init__(self, policy: Policy, config: Config) -> None:
+    def __init__(self, policy: Policy, config: Config, objective: Objective | None = None) -> None:
         self.policy = policy
         self._config = config
-        self._loss: Any = plugins.load("loss", config.loss.kind)
+        self._objective = objective or Objective(config.loss)
+        self._fixed = _Fixed()
         self._agg = config.loss.agg
         self._microbatch_tokens = config.training.microbatch_tokens
         self._plan: MemoryPlan | None = None
@@ -82,15 +108,20 @@ class LocalBackend:
         return SharedWeights(self._version, policy.fingerprint(), policy, policy.canary())
 
     def train_step(self, batch: TrainBatch, optim: OptimStep) -> StepReport:
-        """Accumulate the batch's gradient over microbatches, clip, update; a non-finite one changes nothing."""
+        """Accumulate the batch's gradient over microbatches, clip, update; a non-finite one changes nothing.
+
+        Called again with the same batch object it is a further update of that batch: what the policy was before the
+        first one is remembered where the loss needs it.
+        """
         if batch.is_empty:
             raise ValueError("train_step needs at least one row")
         stats = self.gradient(batch)
+        loss = stats["loss"]
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = float(torch.linalg.vector_norm(torch.stack([g.double().norm() for g in gradients])))
         skipped = ""
-        if not math.isfinite(stats["loss"]):
-            skipped = f"the loss is {stats['loss']}"
+        if loss is None or not math.isfinite(loss):
+            skipped = f"the loss is {loss}"
         elif not math.isfinite(norm):
             skipped = f"the gradient norm is {norm}"
         clipped = not skipped and optim.grad_clip > 0 and norm > optim.grad_clip
@@ -109,47 +140,49 @@ class LocalBackend:
             self._version += 1
         self._adam.zero_grad(set_to_none=True)
 
-        def known(value: float) -> float | None:
-            return value if math.isfinite(value) else None
+        def known(name: str) -> float | None:
+            value = stats[name]
+            return value if value is not None and math.isfinite(value) else None
 
         return StepReport(
-            loss=known(stats["loss"]),
+            loss=known("loss"),
             loss_is_placeholder=False,
-            grad_norm=known(norm),
+            grad_norm=norm if math.isfinite(norm) else None,
             grad_clipped=clipped,
-            ratio_mean=known(stats["ratio_mean"]),
-            ratio_min=known(stats["ratio_min"]),
-            ratio_max=known(stats["ratio_max"]),
-            approx_kl=known(stats["approx_kl"]),
+            ratio_mean=known("ratio_mean"),
+            ratio_min=known("ratio_min"),
+            ratio_max=known("ratio_max"),
+            approx_kl=known("approx_kl"),
             update_skipped=skipped,
-            num_microbatches=int(stats["microbatches"]),
+            num_microbatches=int(stats["microbatches"] or 0),
+            clip_share=known("clip_share"),
+            tis_capped=known("tis_capped"),
+            kl_base=known("kl_base"),
+            entropy=known("entropy"),
         )
 
-    def gradient(self, batch: TrainBatch) -> dict[str, float]:
-        """Leave the batch's gradient in the adapter's ``.grad`` and return loss and ratio statistics."""
+    def gradient(self, batch: TrainBatch) -> dict[str, float | None]:
+        """Leave the batch's gradient in the adapter's ``.grad`` and return loss, ratios and shares."""
         self._adam.zero_grad(set_to_none=True)
+        if self._fixed.batch is not batch:
+            self._fixed = _Fixed(batch)
         lengths = [len(row.token_ids_T) for row in batch.rows]
         memory = self._memory(max(lengths))
-        limit = self._microbatch_tokens or memory.microbatch_tokens
-        plan = plan_microbatches(lengths, limit)
+        plan = plan_microbatches(lengths, self._microbatch_tokens or memory.microbatch_tokens)
         weights = token_weights(batch, self._agg)
         losses: list[float] = []
-        ratios: list[torch.Tensor] = []
-        for picked in plan:
-            rows = [batch.rows[i] for i in picked]
-            loss, ratio = self._microbatch(rows, [weights[i] for i in picked], batch.temperature, memory)
-            loss.backward()
-            losses.append(float(loss.detach()))
-            ratios.append(ratio)
-        ratio = torch.cat(ratios).double()
-        return {
-            "loss": math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan,
-            "ratio_mean": float(ratio.mean()),
-            "ratio_min": float(ratio.min()),
-            "ratio_max": float(ratio.max()),
-            "approx_kl": float((ratio - 1 - ratio.log()).mean()),
-            "microbatches": len(plan),
-        }
+        tallies: list[Tally] = []
+        for number, picked in enumerate(plan):
+            loss, tally = self._microbatch(batch, tuple(picked), weights, memory, self._noise_seed(number))
+            losses.append(loss)
+            tallies.append(tally)
+        total = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
+        return {"loss": total, **summary(tallies), "microbatches": len(plan)}
+
+    def _noise_seed(self, number: int) -> int:
+        """Seed of the dropout in one microbatch of the coming update: a function of what a checkpoint holds."""
+        text = f"{self._config.training.seed} {self._version} {number}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
     def _memory(self, longest: int) -> MemoryPlan:
         if self._plan is None:
@@ -165,12 +198,46 @@ class LocalBackend:
 
     def _microbatch(
         self,
-        rows: Sequence[TrainRow],
+        batch: TrainBatch,
+        picked: tuple[int, ...],
         weights: Sequence[npt.NDArray[np.float64]],
-        temperature: float,
         memory: MemoryPlan,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        policy, device = self.policy, self.policy.device
+        noise_seed: int,
+    ) -> tuple[float, Tally]:
+        """Add one microbatch's gradient; its share of the loss, and what to report."""
+        objective, policy, fixed = self._objective, self.policy, self._fixed
+        piece = self._piece([batch.rows[i] for i in picked], [weights[i] for i in picked])
+        dropout = self._config.lora.dropout
+        plain: torch.Tensor | None = None
+        with torch.no_grad():
+            if dropout:
+                plain, _ = self._score(piece, batch.temperature, memory)
+            if objective.needs_base and picked not in fixed.base:
+                fixed.base[picked], _ = self._score(piece, batch.temperature, memory, kind="base")
+        # The backward pass is inside: where activations are recomputed, the forward runs again there.
+        with policy.dropout(dropout, noise_seed):
+            new, entropy = self._score(piece, batch.temperature, memory, entropy=objective.needs_entropy)
+            plain = new.detach() if plain is None else plain
+            if objective.needs_learner and picked not in fixed.learner:
+                fixed.learner[picked] = plain
+            loss, tally = objective(
+                Scored(
+                    new_N=new,
+                    plain_N=plain,
+                    sampler_N=piece.sampler_N,
+                    advantages_N=piece.advantages_N,
+                    weights_N=piece.weights_N,
+                    row_N=piece.row_N,
+                    learner_N=fixed.learner.get(picked),
+                    base_N=fixed.base.get(picked),
+                    entropy_N=entropy,
+                )
+            )
+            loss.backward()
+        return float(loss.detach()), tally
+
+    def _piece(self, rows: Sequence[TrainRow], weights: Sequence[npt.NDArray[np.float64]]) -> _Piece:
+        device = self.policy.device
         width = max(len(row.token_ids_T) for row in rows)
         ids = np.zeros((len(rows), width), dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.int64)
@@ -178,27 +245,43 @@ class LocalBackend:
         for i, row in enumerate(rows):
             n = len(row.token_ids_T)
             ids[i, :n], mask[i, :n], sampled[i, :n] = row.token_ids_T, 1, row.sampled_T
-        chosen = torch.as_tensor(sampled, device=device)
-        before = torch.as_tensor(np.roll(sampled, -1, axis=1), device=device)
-        ids_BT = torch.as_tensor(ids, device=device)
-        policy.model.train(memory.checkpointing)
-        try:
-            with policy.mode("adapter"):
-                hidden = policy.hidden(
-                    ids_BT, torch.as_tensor(mask, device=device), use_cache=False
-                ).last_hidden_state
-        finally:
-            policy.model.eval()
-        new = policy.selected_logprobs(hidden[before], ids_BT[chosen], temperature, memory.head_tokens)
 
         def flat(arrays: Sequence[npt.NDArray[Any]]) -> torch.Tensor:
             picked = [a[row.sampled_T] for a, row in zip(arrays, rows, strict=True)]
             return torch.as_tensor(np.concatenate(picked).astype(np.float32), device=device)
 
-        old = flat([row.old_logprobs_T for row in rows])
-        per_token = self._loss(new, old, flat([row.advantages_T for row in rows]))
-        loss = (per_token * flat(list(weights))).sum()
-        return loss, torch.exp(new.detach() - old)
+        return _Piece(
+            ids_BT=torch.as_tensor(ids, device=device),
+            mask_BT=torch.as_tensor(mask, device=device),
+            sampled_BT=torch.as_tensor(sampled, device=device),
+            before_BT=torch.as_tensor(np.roll(sampled, -1, axis=1), device=device),
+            row_N=torch.as_tensor(np.nonzero(sampled)[0], device=device),
+            sampler_N=flat([row.old_logprobs_T for row in rows]),
+            advantages_N=flat([row.advantages_T for row in rows]),
+            weights_N=flat(weights),
+        )
+
+    def _score(
+        self,
+        piece: _Piece,
+        temperature: float,
+        memory: MemoryPlan,
+        *,
+        kind: Literal["adapter", "base"] = "adapter",
+        entropy: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logprobs (N,) of the sampled tokens, and with ``entropy`` the policy's entropies (N,) where they were drawn."""
+        policy = self.policy
+        policy.model.train(memory.checkpointing and torch.is_grad_enabled())
+        try:
+            with policy.mode(kind):
+                hidden = policy.hidden(piece.ids_BT, piece.mask_BT, use_cache=False).last_hidden_state
+        finally:
+            policy.model.eval()
+        states, targets = hidden[piece.before_BT], piece.ids_BT[piece.sampled_BT]
+        if entropy:
+            return policy.selected_logprobs_and_entropies(states, targets, temperature, memory.head_tokens)
+        return policy.selected_logprobs(states, targets, temperature, memory.head_tokens), None
 
     def save(self, directory: Path) -> None:
         """Write ``adapter/``, ``optimizer.safetensors`` and ``learner.json``; OSError when that fails."""
@@ -241,6 +324,7 @@ class LocalBackend:
         facts = json.loads((directory / "learner.json").read_text(encoding="utf-8"))
         tensors = load_file(directory / "optimizer.safetensors")
         self._adam.state.clear()
+        self._fixed = _Fixed()
         for name, p in self.policy.adapter.items():
             if f"{name}.exp_avg" in tensors:
                 self._adam.state[p] = {
@@ -264,6 +348,7 @@ def build(config: Config, renderer: Renderer) -> LocalBackend:
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    objective = Objective(config.loss)  # a loss that cannot be called is found before the model loads
     policy = load_policy(config, seed=config.training.seed)
     policy.merge()
-    return LocalBackend(policy, config)
+    return LocalBackend(policy, config, objective)

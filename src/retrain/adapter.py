@@ -1,0 +1,242 @@
+"""The LoRA adapter: the layer that adds it to a frozen linear one, its placement in a model, and its files in PEFT's
+format. Leaves out: which model, and when which forward runs."""
+
+# torch, peft and safetensors are only partly typed: what they return is Any here.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from retrain.errors import ModelError
+
+LORA_TARGETS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+"""The linear layers that carry an adapter, sorted: PEFT writes them in hash order, which differs per process."""
+
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+"""PEFT's file names."""
+
+
+@dataclass(slots=True)
+class Mode:
+    """Which forward the adapted layers run, and the share of the adapter's inputs dropped; shared by all of them."""
+
+    kind: Literal["adapter", "merged", "base"] = "adapter"
+    dropout: float = 0.0
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer plus ``scale * B A``, in place of PEFT's own forward.
+
+    In float32 the update may be merged into a separate tensor for sampling. In bf16 it never is, and the
+    float32 product of the adapter is added to the base product before the only rounding: rounding the base
+    product first would lose most of a small update. A base in 4 bits is read, never written: each forward and each
+    backward expands it anew and keeps no copy.
+    """
+
+    def __init__(self, base: nn.Linear, a: nn.Parameter, b: nn.Parameter, scale: float, mode: Mode) -> None:
+        super().__init__()
+        self.base = base
+        self.a, self.b = a, b
+        self.scale = scale
+        self._mode = mode
+        self.merged: torch.Tensor | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """True when the base weight is held in 4 bits."""
+        return getattr(self.base.weight, "quant_state", None) is not None
+
+    def delta(self) -> torch.Tensor:
+        """The update (out, in) in float32."""
+        return (self.b @ self.a) * self.scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) to (..., out) in the dtype of ``x``."""
+        base, mode = self.base, self._mode
+        bias = cast("torch.Tensor | None", base.bias)
+        if mode.kind == "merged" and self.merged is not None:
+            return F.linear(x, self.merged, bias)
+        if mode.kind == "base":
+            return F.linear(x, dense_weight(base, x.dtype), bias)
+        inputs = x.float()
+        if mode.dropout:
+            inputs = F.dropout(inputs, mode.dropout)
+        delta = F.linear(F.linear(inputs, self.a), self.b * self.scale)
+        if bias is not None:
+            delta = delta + bias.float()
+        rows, added = x.reshape(-1, x.shape[-1]), delta.reshape(-1, delta.shape[-1]).to(x.dtype)
+        flat: Any = (
+            _QuantizedProduct.apply(added, rows, base)
+            if self.quantized
+            else torch.addmm(added, rows, base.weight.T)
+        )
+        return flat.reshape(*x.shape[:-1], flat.shape[-1])
+
+
+def dense_weight(base: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
+    """The frozen weight (out, in), expanded to ``dtype`` where it is held in 4 bits."""
+    state: Any = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return base.weight
+    import bitsandbytes.functional as bits  # pyright: ignore[reportMissingImports]
+
+    functions: Any = bits
+    return functions.dequantize_4bit(base.weight.data, state).to(dtype)
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """``added + x W^T`` for a frozen W in 4 bits: the backward expands W again instead of keeping the expanded one."""
+
+    @staticmethod
+    def forward(ctx: Any, added: torch.Tensor, x: torch.Tensor, base: nn.Linear) -> torch.Tensor:
+        ctx.base = base
+        return torch.addmm(added, x, dense_weight(base, x.dtype).T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        needed = ctx.needs_input_grad[1]
+        return grads[0], grads[0] @ dense_weight(ctx.base, grads[0].dtype) if needed else None, None
+
+
+def attach(
+    model: Any, lora: Any, seed: int, mode: Mode
+) -> tuple[dict[str, AdaptedLinear], dict[str, nn.Parameter]]:
+    """Let PEFT place and initialise the adapter, then put our forward in place of its layers."""
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora.layer import LoraLayer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(lora, model)
+        modules: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+        # PEFT draws A in the module's dtype and on its device; drawing float32 on the CPU keeps one seed one
+        # adapter everywhere.
+        for module in modules.values():
+            a: torch.Tensor = module.lora_A["default"].weight
+            fresh = torch.empty(a.shape, dtype=torch.float32)
+            nn.init.kaiming_uniform_(fresh, a=5**0.5)
+            a.data = fresh.to(a.device)
+            module.lora_B["default"].weight.data = torch.zeros_like(
+                module.lora_B["default"].weight, dtype=torch.float32
+            )
+    layers: dict[str, AdaptedLinear] = {}
+    adapter: dict[str, nn.Parameter] = {}
+    for name, module in modules.items():
+        a_weight, b_weight = module.lora_A["default"].weight, module.lora_B["default"].weight
+        layer = AdaptedLinear(module.base_layer, a_weight, b_weight, float(module.scaling["default"]), mode)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+        layers[name] = layer
+        for part, weight in (("lora_A", a_weight), ("lora_B", b_weight)):
+            weight.requires_grad_(True)
+            adapter[f"base_model.model.{name}.{part}.weight"] = weight
+    return layers, dict(sorted(adapter.items()))
+
+
+def write_adapter(directory: Path, adapter: Mapping[str, torch.Tensor], settings: Any) -> None:
+    """Write the tensors and PEFT's settings into ``directory``, byte-stable."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.items()}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.to_dict().items()}
+    config["inference_mode"] = True
+    text = json.dumps(config, indent=2, sort_keys=True, default=str)
+    (directory / SETTINGS).write_text(text + "\n", encoding="utf-8")
+
+
+def read_adapter(directory: Path, adapter: Mapping[str, torch.Tensor], fix: str) -> None:
+    """Copy a directory's tensors into ``adapter``; ModelError with ``fix`` when names or shapes differ."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(directory / WEIGHTS)
+    for name, p in adapter.items():
+        found = tensors.get(name)
+        if found is None or found.shape != p.shape:
+            what = "is missing" if found is None else f"has shape {tuple(found.shape)}, not {tuple(p.shape)}"
+            raise ModelError(f"{directory}: the adapter does not fit this model: {name} {what}.", fix=fix)
+    extra = sorted(set(tensors) - set(adapter))
+    if extra:
+        raise ModelError(
+            f"{directory}: the adapter holds {len(extra)} tensors that this model lacks, such as {extra[0]}.",
+            fix=fix,
+        )
+    with torch.no_grad():
+        for name, p in adapter.items():
+            p.copy_(tensors[name])
+
+
+def read_settings(directory: Path, key: str) -> dict[str, Any]:
+    """``adapter_config.json`` of a PEFT LoRA adapter; ModelError naming the setting ``key`` where there is none."""
+    fix = f"{key} names a folder with {WEIGHTS} and {SETTINGS}, such as the adapter/ of a run."
+    for name in (SETTINGS, WEIGHTS):
+        if not (directory / name).is_file():
+            raise ModelError(f"{key} = {str(directory)!r} holds no {name}.", fix=fix)
+    try:
+        found = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{key}: {directory / SETTINGS} is not valid JSON: {error}.", fix=fix) from error
+    if not isinstance(found, dict) or cast("dict[str, Any]", found).get("peft_type") != "LORA":
+        raise ModelError(f"{key} = {str(directory)!r} is not a LoRA adapter.", fix=fix)
+    return cast("dict[str, Any]", found)
+
+
+_REFUSED = {
+    "use_dora": "DoRA rescales the base weights, which our forward leaves untouched",
+    "modules_to_save": "it trained whole modules besides the adapter",
+    "lora_bias": "it trained biases",
+    "fan_in_fan_out": "its matrices are transposed",
+    "rank_pattern": "its layers differ in rank",
+    "alpha_pattern": "its layers differ in alpha",
+    "target_parameters": "it adapts parameters that are no linear layers",
+    "trainable_token_indices": "it trained embeddings",
+}
+"""Settings of PEFT that change what an adapter is, and why a run cannot start from it."""
+
+
+def start_from(directory: Path, adapter: Mapping[str, torch.Tensor], lora: Any) -> None:
+    """Load the adapter that ``lora.init_from`` names over a fresh one; ModelError when it is not one that this
+    configuration would have made, with the setting to change."""
+    found = read_settings(directory, "lora.init_from")
+    where = f"lora.init_from = {str(directory)!r}"
+    for name, why in _REFUSED.items():
+        if found.get(name):
+            raise ModelError(
+                f"{where} cannot be continued: {why} ({name}).",
+                fix="merge it into a model and train on that.",
+            )
+    if found.get("bias", "none") != "none":
+        raise ModelError(
+            f"{where} cannot be continued: it trained biases (bias = {found['bias']!r}).",
+            fix="merge it into a model and train on that.",
+        )
+    rank, alpha = found.get("r"), found.get("lora_alpha")
+    if rank != lora.r:
+        raise ModelError(f"{where} has rank {rank}, not {lora.r}.", fix=f"set model.lora_rank = {rank}.")
+    if alpha != lora.lora_alpha:
+        raise ModelError(
+            f"{where} has alpha {alpha}, not {lora.lora_alpha}.", fix=f"set lora.alpha = {alpha}."
+        )
+    if bool(found.get("use_rslora")) != lora.use_rslora:
+        raise ModelError(
+            f"{where} and the configuration differ in rslora.",
+            fix=f"set lora.rslora = {str(not lora.use_rslora).lower()}.",
+        )
+    targets = found.get("target_modules")
+    if isinstance(targets, list) and set(cast("list[str]", targets)) != set(lora.target_modules):
+        listed = ", ".join(sorted(cast("list[str]", targets)))
+        raise ModelError(
+            f"{where} adapts {listed}; here it must be {', '.join(LORA_TARGETS)}.",
+            fix="start from an adapter of all linear layers, or leave lora.init_from empty.",
+        )
+    read_adapter(directory, adapter, "set model.model to the model that it was trained on.")
