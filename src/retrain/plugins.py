@@ -2,20 +2,27 @@
 
 Nothing is imported before it is asked for. A name with a dot or a colon is a user's own dotted path,
 looked up on the plug-in search paths; installed packages add names through the entry-point group
-``retrain.<kind>``.
+``retrain.<kind>``. What is not ours is checked when it is loaded, and named when it breaks.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
+import hashlib
 import importlib
+import importlib.util
+import inspect
+import re
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from retrain.errors import PluginError
+from retrain.errors import PluginError, RetrainError
 
 TABLE: dict[str, dict[str, str]] = {
     "backend": {"local": "retrain.backends.local:build"},
@@ -80,6 +87,31 @@ TABLE: dict[str, dict[str, str]] = {
 }
 
 
+SIGNATURES: dict[str, tuple[str, ...]] = {
+    "advantage": ("rewards_G",),
+    "transform": ("group", "advantages_G_T", "context"),
+    "algorithm": ("group", "context"),
+    "uncertainty": ("rollout",),
+    "detector": ("config",),
+    "reward": ("config", "renderer"),
+    "source": ("data", "split"),
+    "loss": ("tokens", "settings"),
+    "sink": ("config", "run_dir"),
+}
+"""What a plug-in of each open kind is called with, by position. An advantage may take keyword arguments as well."""
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "reward": ("score",),
+    "sink": ("log", "close"),
+    "detector": ("__call__",),
+}
+"""What an object must have that a plug-in of a kind makes."""
+
+_EXTRAS = {"torch": "local", "transformers": "local", "peft": "local", "sentence_transformers": "semantic"}
+
+_search_paths: list[Path] = []
+
+
 def is_dotted(name: str) -> bool:
     """True when ``name`` is a user's own path rather than a built-in or entry-point name."""
     return "." in name or ":" in name
@@ -89,8 +121,11 @@ def add_search_paths(paths: Iterable[Path]) -> None:
     """Make modules in existing ``paths`` importable, after everything that is installed."""
     for path in paths:
         text = str(path)
+        if path not in _search_paths:
+            _search_paths.append(path)
         if path.is_dir() and text not in sys.path:
             sys.path.append(text)
+    importlib.invalidate_caches()
 
 
 def names(kind: str) -> list[str]:
@@ -99,7 +134,87 @@ def names(kind: str) -> list[str]:
 
 
 def load(kind: str, name: str) -> Any:
-    """Import and return the object called ``name``; PluginError with the nearest name or the import's cause."""
+    """Import and return the object called ``name``; PluginError with the nearest name or the import's cause.
+
+    What a dotted path or an entry point names must take the arguments of its kind. A name that starts with
+    ``make_`` and needs no arguments is called, and what it returns is used.
+    """
+    target = _target(kind, name)
+    module_name, _, attribute = target.partition(":")
+    found: Any = _import(kind, name, module_name)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [k for k in dir(found) if not k.startswith("_")]
+            near = difflib.get_close_matches(part, public, n=1)
+            raise PluginError(
+                f"{kind} {name!r}: {module_name} has no {part!r}.",
+                fix=f"did you mean {near[0]!r}?" if near else "correct the dotted path.",
+            )
+        found = getattr(found, part)
+    own = target != TABLE[kind].get(name)
+    made_by = attribute.rpartition(".")[2]
+    if own and made_by.startswith("make_") and callable(found) and _takes(found, ()) == "":
+        found = _call(kind, name, found)
+    if not callable(found):
+        raise PluginError(
+            f"{kind} {name!r} is a {type(found).__name__}, not something to call.",
+            fix="name a function or class.",
+        )
+    if own and kind in SIGNATURES:
+        _check_signature(kind, name, found, made_by)
+    return found
+
+
+def make(kind: str, name: str, *arguments: Any, **keywords: Any) -> Any:
+    """Load the factory ``name``, call it, and check that what it made has the methods of its kind.
+
+    PluginError names a plug-in that raises, with file and line, or makes something else; what a built-in
+    raises passes.
+    """
+    factory = load(kind, name)
+    made = (
+        _call(kind, name, factory, *arguments, **keywords)
+        if is_own(kind, name)
+        else factory(*arguments, **keywords)
+    )
+    missing = [m for m in METHODS.get(kind, ()) if not callable(getattr(made, m, None))]
+    if missing:
+        what = "not something to call" if missing == ["__call__"] else f"which has no method {missing[0]}"
+        raise PluginError(
+            f"{kind} {name!r} made a {type(made).__name__}, {what}.",
+            fix=f"name a class or function that takes ({', '.join(SIGNATURES[kind])}) and returns a {kind}.",
+        )
+    return made
+
+
+def is_own(kind: str, name: str) -> bool:
+    """True when ``name`` is not one of the built-in names of its kind."""
+    return name not in TABLE[kind]
+
+
+def raised(kind: str, name: str, error: BaseException) -> str:
+    """One line for an exception that a plug-in's code raised, with the file and line it came from."""
+    return f"{kind} {name!r} raised {_summary(error)}."
+
+
+def digests(named: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Digest of the source code behind each plug-in among the (kind, name) pairs, by name; built-ins are left out.
+
+    It covers the plug-in's module file and what that imports from the folder it was found in. "" where there
+    is no source file. Nothing is run but the ``__init__`` files of packages above the module.
+    """
+    found: dict[str, str] = {}
+    for kind, name in named:
+        if name and is_own(kind, name):
+            files = _sources(_target(kind, name).partition(":")[0])
+            digest = hashlib.sha256()
+            for file in sorted(files):
+                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+            found[name] = digest.hexdigest()[:16] if files else ""
+    return dict(sorted(found.items()))
+
+
+def _target(kind: str, name: str) -> str:
     target = TABLE[kind].get(name)
     if target is None:
         for entry in metadata.entry_points(group=f"retrain.{kind}"):
@@ -107,33 +222,155 @@ def load(kind: str, name: str) -> Any:
                 target = entry.value
     if target is None and is_dotted(name):
         target = name if ":" in name else ":".join(name.rsplit(".", 1))
+        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", target):
+            raise PluginError(
+                f"{kind} {name!r} is not the path of an object in a module.",
+                fix='write "my_module.my_object", without folders and without ".py".',
+            )
     if target is None:
         near = difflib.get_close_matches(name, names(kind), n=1)
         raise PluginError(
             f"unknown {kind} {name!r}.",
             fix=(f"did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(names(kind))}.",
         )
-    module_name, _, attribute = target.partition(":")
+    return target
+
+
+def _import(kind: str, name: str, module_name: str) -> ModuleType:
     try:
-        found = importlib.import_module(module_name)
+        return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
-        extra = {"torch": "local", "transformers": "local", "peft": "local"}.get(missing.split(".")[0])
+        if module_name == missing or module_name.startswith(missing + "."):
+            fix = _fix_for_module(missing)
+            where = ""
+        else:
+            extra = _EXTRAS.get(missing.split(".")[0])
+            fix = f'pip install "retrain[{extra}]".' if extra else "install it, or drop the import."
+            where = f", imported in {place}" if is_own(kind, name) and (place := _place(error)) else ""
         raise PluginError(
-            f"{kind} {name!r} needs the module {missing!r}, which is not installed.",
-            fix=f'pip install "retrain[{extra}]".'
-            if extra
-            else "install it, or add its folder to [plugins] search_paths.",
+            f"{kind} {name!r} needs the module {missing!r}{where}, which is not installed.", fix=fix
         ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise PluginError(
-                f"{kind} {name!r}: {module_name} has no {part!r}.", fix="correct the dotted path."
-            )
-        found = getattr(found, part)
-    if not callable(found):
+    except (Exception, SystemExit) as error:
+        if not is_own(kind, name):
+            raise
         raise PluginError(
-            f"{kind} {name!r} is a {type(found).__name__}, not something to call.",
-            fix="name a function or class.",
+            f"{kind} {name!r}: {module_name} fails on import: {_summary(error)}.", fix="correct the module."
+        ) from error
+
+
+def _fix_for_module(missing: str) -> str:
+    """Names the nearest module in the search paths, or says where to put one."""
+    folders = [path for path in _search_paths if path.is_dir()]
+    modules: dict[str, Path] = {}
+    for folder in folders:
+        for entry in sorted(folder.iterdir()):
+            if entry.suffix == ".py" or (entry / "__init__.py").is_file():
+                modules.setdefault(entry.stem, entry)
+    top = missing.split(".")[0]
+    near = difflib.get_close_matches(top, modules, n=1)
+    if near and near[0] != top:
+        return f"did you mean {near[0]!r} ({modules[near[0]]})?"
+    if not folders:
+        looked = ", ".join(map(str, _search_paths)) or "none"
+        return f"put {top}.py into a folder of plugins.search_paths (none exists: {looked}), or install it."
+    return f"put {top}.py into {' or '.join(map(str, folders))}, or add its folder to [plugins] search_paths."
+
+
+def _takes(function: Any, positional: tuple[str, ...], *, partly: bool = False) -> str:
+    """Why ``function`` cannot be called with these arguments; "" when it can, or when that cannot be known."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        (signature.bind_partial if partly else signature.bind)(*positional)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def _check_signature(kind: str, name: str, found: Any, shown: str) -> None:
+    positional = SIGNATURES[kind]
+    # An advantage's own parameters come from the configuration and are checked together with it.
+    problem = _takes(found, positional, partly=kind == "advantage")
+    if problem:
+        listed = ", ".join(positional)
+        raise PluginError(
+            f"{kind} {name!r} cannot be called with ({listed}): {problem}.",
+            fix=f"define it as {shown}({listed}).",
         )
+
+
+def _call(kind: str, name: str, function: Any, *arguments: Any, **keywords: Any) -> Any:
+    try:
+        return function(*arguments, **keywords)
+    except RetrainError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise PluginError(raised(kind, name, error), fix="correct the plug-in.") from error
+
+
+def _place(error: BaseException) -> str:
+    """File and line of the innermost frame that is neither Python's import machinery nor ours."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{Path(error.filename).name}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [f for f in frames if not f.filename.startswith("<") and f.filename != __file__]
+    theirs = [f for f in outside if "site-packages" not in f.filename and "importlib" not in f.filename]
+    frame = (theirs or outside or [None])[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}" if frame else ""
+
+
+def _summary(error: BaseException) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error).strip().partition("\n")[0]
+    place = _place(error)
+    return f"{type(error).__name__}{': ' + text[:300] if text else ''}{f' ({place})' if place else ''}"
+
+
+def _sources(module_name: str) -> set[Path]:
+    """The module's source file, the packages above it, and what these import from the same folder."""
+    try:
+        spec = importlib.util.find_spec(module_name)
+    except (ImportError, ValueError):
+        return set()
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return set()
+    origin = Path(spec.origin)
+    root = origin.parents[module_name.count(".") + (origin.name == "__init__.py")]
+    top = module_name.split(".")[0]
+    # Of an installed package its own files only: what it imports has a version of its own.
+    whole_folder = any(root.resolve() == path.resolve() for path in _search_paths)
+    found: set[Path] = set()
+    waiting = [module_name]
+    while waiting:
+        name = waiting.pop()
+        if name.split(".")[0] != top and not whole_folder:
+            continue
+        for above in _with_parents(name):
+            file = root.joinpath(*above.split("."))
+            file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+            if file.is_file() and file not in found:
+                found.add(file)
+                package = above if file.name == "__init__.py" else above.rpartition(".")[0]
+                waiting += _imports(file, package)
     return found
+
+
+def _with_parents(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+
+
+def _imports(file: Path, package: str) -> Iterator[str]:
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: max(0, package.count(".") + 2 - node.level)] if node.level else []
+            start = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{start}.{alias.name}".strip(".") for alias in node.names)

@@ -212,10 +212,20 @@ class TransformContext(Protocol):
         ...
 
 
+BatchAdvantageFn: TypeAlias = Callable[[Sequence[Float64Array]], Sequence[Float64Array]]
+"""An advantage over all groups of a step, marked by the attribute ``batch_level = True``.
+
+rewards_P_G -> advantages_P_G: one array per group, of the group's valid members; groups may be empty, and one
+whose rewards are all equal gets exactly 0. Permutation-equivariant in the groups and in their members.
+"""
+
 TokenTransform: TypeAlias = Callable[
     [ScoredGroup, Sequence[FloatArray], TransformContext], Sequence[FloatArray]
 ]
 """(group, advantages_G_T, context) -> advantages_G_T; zero where not sampled, finite."""
+
+AlgorithmFn: TypeAlias = Callable[[ScoredGroup, TransformContext], Sequence[FloatArray]]
+"""(group, context) -> advantages_G_T in place of advantage and transform; zero where not sampled, finite."""
 
 UncertaintyFn: TypeAlias = Callable[[Rollout], FloatArray]
 """rollout -> uncertainty_T, NaN where not sampled."""

@@ -24,7 +24,7 @@ FloatArray: TypeAlias = npt.NDArray[np.float32]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 StopReason: TypeAlias = Literal["stop", "length", "error"]
-SkipReason: TypeAlias = Literal["", "errors", "all correct", "all wrong", "equal rewards"]
+SkipReason: TypeAlias = Literal["", "errors", "all correct", "all wrong", "equal rewards", "all cut"]
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 

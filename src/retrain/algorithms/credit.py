@@ -1,4 +1,4 @@
-"""Credit: turns a scored group into per-token advantages, and a step's groups into what is logged about them.
+"""Credit: turns a step's scored groups into per-token advantages.
 
 This is the only place where advantages, transforms, uncertainties and detectors meet; what a plug-in returns
 is checked here, so that a broken one is named instead of training on nonsense.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -17,12 +17,21 @@ import numpy as np
 import numpy.typing as npt
 
 from retrain import plugins
-from retrain.algorithms.planning import parse_grams
+from retrain.algorithms import advantages, transforms
 from retrain.algorithms.sepa import SepaSchedule
-from retrain.algorithms.transforms import PARAMETERS, SEPA_TRANSFORMS, surprisal
+from retrain.algorithms.transforms import DEFAULTS, PARAMETERS, RANGES, SEPA_TRANSFORMS
 from retrain.config import names
-from retrain.errors import ConfigError, NotInThisVersion, PluginError, RewardError
-from retrain.protocols import AdvantageFn, Detector, Float64Array, Renderer, TokenTransform, UncertaintyFn
+from retrain.errors import ConfigError, PluginError, RetrainError, RewardError, RunError
+from retrain.protocols import (
+    AdvantageFn,
+    AlgorithmFn,
+    BatchAdvantageFn,
+    Detector,
+    Float64Array,
+    Renderer,
+    TokenTransform,
+    UncertaintyFn,
+)
 from retrain.types import (
     BoolArray,
     CreditedGroup,
@@ -32,7 +41,6 @@ from retrain.types import (
     Score,
     ScoredGroup,
     SkipReason,
-    StepStats,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +49,7 @@ if TYPE_CHECKING:
 Offsets: TypeAlias = Callable[[IntArray], tuple[str, list[tuple[int, int]]]]
 """Token ids -> their text and the half-open character range of each token in it."""
 
-SKIP_REASONS: tuple[SkipReason, ...] = ("errors", "all correct", "all wrong", "equal rewards")
+SKIP_REASONS: tuple[SkipReason, ...] = ("errors", "all correct", "all wrong", "equal rewards", "all cut")
 
 _REWARD_LIMIT = 1e30
 """Advantages are float32; a reward near its limit is a broken reward, not a large one."""
@@ -51,11 +59,14 @@ _REWARD_LIMIT = 1e30
 class Algorithm:
     """Everything that decides a token's credit. ``*_name`` is what errors and logs call each piece.
 
-    ``offsets`` is the renderer's; ``params`` is what transforms read (``beta``, ``alpha``, a plug-in's own);
+    ``advantage`` sees one group's rewards, or, with the attribute ``batch_level = True``, those of every group
+    of the step. ``whole``, where there is one, stands in for advantage and transform. ``offsets`` is the
+    renderer's; ``params`` is what transforms and ``whole`` read (``beta``, ``alpha``, a plug-in's own);
     ``correct_at`` is the reward above which a rollout counts as correct, None where nothing says.
+    ``mask_truncated``: a rollout cut at its token limit takes part in everything and gets no credit itself.
     """
 
-    advantage: AdvantageFn
+    advantage: AdvantageFn | BatchAdvantageFn
     advantage_name: str
     transform: TokenTransform
     transform_name: str
@@ -66,6 +77,9 @@ class Algorithm:
     offsets: Offsets
     params: Mapping[str, Any]
     correct_at: float | None = None
+    whole: AlgorithmFn | None = None
+    whole_name: str = ""
+    mask_truncated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +107,49 @@ def correct(score: Score, correct_at: float | None) -> bool | None:
     return score.reward > 0.5 if 0.0 <= score.reward <= 1.0 else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Valid:
+    """The valid members of one group, and why the group is skipped ("" = it is not)."""
+
+    group: ScoredGroup
+    index_V: list[int]
+    rewards_V: Float64Array
+    skipped: SkipReason
+
+    @property
+    def members(self) -> list[Rollout]:
+        return [self.group.rollouts_G[i] for i in self.index_V]
+
+    @property
+    def scores(self) -> list[Score]:
+        return [self.group.scores_G[i] for i in self.index_V]
+
+
 def credit(group: ScoredGroup, algorithm: Algorithm, sepa_lambda: float) -> CreditedGroup:
-    """Per-token advantages, uncertainties and planning marks of one group.
+    """``credit_step`` of a step that consists of this group."""
+    return credit_step([group], algorithm, sepa_lambda)[0]
 
-    Members with an error leave the group before the advantage and carry zeros. A group with fewer than two
-    valid members, or whose valid rewards are all equal, is skipped with its reason and has advantages of
-    exactly 0; its uncertainties and planning marks are computed all the same, for the step's statistics.
-    ``sepa_lambda`` is in [0, 1]. PluginError names a piece that returns a wrong length, a value that is not
-    finite, or credit for a token that was not sampled; RewardError a reward beyond 1e30.
+
+def credit_step(
+    groups_P: Sequence[ScoredGroup], algorithm: Algorithm, sepa_lambda: float
+) -> list[CreditedGroup]:
+    """Per-token advantages, uncertainties and planning marks of every group of a step, in order.
+
+    Members with an error leave their group before the advantage and carry zeros. A group with fewer than two
+    valid members, whose valid rewards are all equal, or whose valid members are all masked, is skipped with
+    its reason and has advantages of exactly 0; its uncertainties and planning marks are computed all the same,
+    for the step's statistics. ``sepa_lambda`` is in [0, 1]. PluginError names a piece that returns a wrong
+    length, a value that is not finite, or credit for a token that was not sampled, RunError a plug-in that
+    raises; RewardError a reward beyond 1e30.
     """
-    valid: list[int] = np.flatnonzero(group.valid_G).tolist()
-    members = [group.rollouts_G[i] for i in valid]
-    scores = [group.scores_G[i] for i in valid]
-    u_V_T = [_uncertainty(rollout, algorithm) for rollout in members]
-    planning_V_T = [_planning(rollout, algorithm) for rollout in members]
+    valid_P = [_valid(group, algorithm) for group in groups_P]
+    advantages_P = _advantages(valid_P, algorithm)
+    return [_credit(v, a_V, algorithm, sepa_lambda) for v, a_V in zip(valid_P, advantages_P, strict=True)]
 
+
+def _valid(group: ScoredGroup, algorithm: Algorithm) -> _Valid:
+    index_V: list[int] = np.flatnonzero(group.valid_G).tolist()
+    scores = [group.scores_G[i] for i in index_V]
     rewards_V = np.array([s.reward for s in scores], dtype=np.float64)
     too_large = [s.reward for s in scores if abs(s.reward) > _REWARD_LIMIT]
     if too_large:
@@ -116,25 +158,48 @@ def credit(group: ScoredGroup, algorithm: Algorithm, sepa_lambda: float) -> Cred
             fix="scale the reward to a size near 1.",
         )
     skipped = _skip_reason(rewards_V, scores, algorithm.correct_at)
+    if not skipped and all(_masked(group.rollouts_G[i], algorithm) for i in index_V):
+        skipped = "all cut"
+    return _Valid(group, index_V, rewards_V, skipped)
+
+
+def _masked(rollout: Rollout, algorithm: Algorithm) -> bool:
+    return algorithm.mask_truncated and rollout.stop == "length"
+
+
+def _credit(
+    valid: _Valid, advantages_V: FloatArray | None, algorithm: Algorithm, sepa_lambda: float
+) -> CreditedGroup:
+    """One group's credit from its members' advantages; None where an algorithm has none, or it is skipped."""
+    group, members = valid.group, valid.members
+    u_V_T = [_uncertainty(rollout, algorithm) for rollout in members]
+    planning_V_T = [_planning(rollout, algorithm) for rollout in members]
     advantages_V_T: Sequence[FloatArray] = [np.zeros(len(r.token_ids_T), dtype=np.float32) for r in members]
-    if not skipped:
-        advantages_V = _advantages(rewards_V, algorithm)
-        for rollout, a_T, a in zip(members, advantages_V_T, advantages_V, strict=True):
-            a_T[rollout.sampled_T] = a
-        valid_group = ScoredGroup(group.task, tuple(members), tuple(scores))
+    if not valid.skipped:
+        valid_group = ScoredGroup(group.task, tuple(members), tuple(valid.scores))
         # Views that cannot be written: a transform may not change what the statistics are computed from.
         frozen = [_frozen(u) for u in u_V_T], [_frozen(p) for p in planning_V_T]
         context = Context(*frozen, sepa_lambda, algorithm.params)
-        out = algorithm.transform(valid_group, advantages_V_T, context)
-        advantages_V_T = _checked_credit(out, members, algorithm.transform_name)
+        if algorithm.whole is not None:
+            name = algorithm.whole_name
+            out = _called("algorithm", name, algorithm.whole, valid_group, context)
+            advantages_V_T = _checked_credit(out, members, f"algorithm {name!r}")
+        elif advantages_V is not None:
+            for rollout, a_T, a in zip(members, advantages_V_T, advantages_V, strict=True):
+                a_T[rollout.sampled_T] = a
+            name = algorithm.transform_name
+            out = _called("transform", name, algorithm.transform, valid_group, advantages_V_T, context)
+            advantages_V_T = _checked_credit(out, members, f"transform {name!r}")
 
     lengths = [len(r.token_ids_T) for r in group.rollouts_G]
     advantages_G_T = [np.zeros(n, dtype=np.float32) for n in lengths]
     u_G_T = [np.zeros(n, dtype=np.float32) for n in lengths]
     planning_G_T = [np.zeros(n, dtype=np.bool_) for n in lengths]
-    for i, a_T, u_T, planning_T in zip(valid, advantages_V_T, u_V_T, planning_V_T, strict=True):
-        advantages_G_T[i], u_G_T[i], planning_G_T[i] = a_T, u_T, planning_T
-    return CreditedGroup(group, tuple(advantages_G_T), tuple(u_G_T), tuple(planning_G_T), skipped)
+    for i, a_T, u_T, planning_T in zip(valid.index_V, advantages_V_T, u_V_T, planning_V_T, strict=True):
+        u_G_T[i], planning_G_T[i] = u_T, planning_T
+        if not _masked(group.rollouts_G[i], algorithm):
+            advantages_G_T[i] = a_T
+    return CreditedGroup(group, tuple(advantages_G_T), tuple(u_G_T), tuple(planning_G_T), valid.skipped)
 
 
 def has_signal(group: ScoredGroup) -> bool:
@@ -163,7 +228,8 @@ def _skip_reason(rewards_V: Float64Array, scores: Sequence[Score], correct_at: f
 def _uncertainty(rollout: Rollout, algorithm: Algorithm) -> FloatArray:
     who = f"uncertainty {algorithm.uncertainty_name!r}"
     sampled_T = rollout.sampled_T
-    u_T = _floats(algorithm.uncertainty(rollout), len(sampled_T), who)
+    given = _called("uncertainty", algorithm.uncertainty_name, algorithm.uncertainty, rollout)
+    u_T = _floats(given, len(sampled_T), who)
     _require(bool(np.isfinite(u_T[sampled_T]).all()), who, "gave a sampled token a value that is not finite")
     _require(bool(np.isnan(u_T[~sampled_T]).all()), who, "must be NaN where no token was sampled")
     return u_T
@@ -177,7 +243,7 @@ def _planning(rollout: Rollout, algorithm: Algorithm) -> BoolArray:
     edges = np.flatnonzero(np.diff(rollout.sampled_T, prepend=False, append=False))
     for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
         text, offsets = algorithm.offsets(rollout.token_ids_T[start:end])
-        mask_n = np.asarray(algorithm.detector(text, offsets))
+        mask_n = np.asarray(_called("detector", algorithm.detector_name, algorithm.detector, text, offsets))
         n = end - start
         _require(mask_n.shape == (n,), who, f"returned shape {mask_n.shape} for {n} tokens")
         _require(mask_n.dtype == np.bool_, who, f"returned {mask_n.dtype} values, not bool")
@@ -185,22 +251,68 @@ def _planning(rollout: Rollout, algorithm: Algorithm) -> BoolArray:
     return planning_T
 
 
-def _advantages(rewards_V: Float64Array, algorithm: Algorithm) -> FloatArray:
-    who = f"advantage {algorithm.advantage_name!r}"
-    out_V = _floats(algorithm.advantage(rewards_V.copy()), len(rewards_V), who)
+def _advantages(valid_P: Sequence[_Valid], algorithm: Algorithm) -> list[FloatArray | None]:
+    """One advantage per valid member of every group with a signal; None for the other groups."""
+    name = algorithm.advantage_name
+    out_P: list[FloatArray | None] = [None] * len(valid_P)
+    if algorithm.whole is not None or all(valid.skipped for valid in valid_P):
+        return out_P
+    if getattr(algorithm.advantage, "batch_level", False):
+        rewards = [valid.rewards_V.copy() for valid in valid_P]
+        given_P = _arrays(
+            _called("advantage", name, algorithm.advantage, rewards),
+            f"advantage {name!r}",
+            len(valid_P),
+            "a step",
+        )
+        for i, valid in enumerate(valid_P):
+            if not valid.skipped:
+                out_P[i] = _checked_advantages(given_P[i], valid.rewards_V, name)
+        return out_P
+    for i, valid in enumerate(valid_P):
+        if not valid.skipped:
+            given = _called("advantage", name, algorithm.advantage, valid.rewards_V.copy())
+            out_P[i] = _checked_advantages(given, valid.rewards_V, name)
+    return out_P
+
+
+def _checked_advantages(given: npt.ArrayLike, rewards_V: Float64Array, name: str) -> FloatArray:
+    who = f"advantage {name!r}"
+    out_V = _floats(given, len(rewards_V), who)
     finite = bool(np.isfinite(out_V).all())
     _require(finite, who, f"returned {out_V.tolist()} for the rewards {rewards_V.tolist()}")
     return out_V
 
 
-def _checked_credit(out: Sequence[FloatArray], members: Sequence[Rollout], name: str) -> list[FloatArray]:
-    who = f"transform {name!r}"
-    _require(len(out) == len(members), who, f"returned {len(out)} arrays for a group of {len(members)}")
-    out_V_T = [_floats(a_T, len(r.token_ids_T), who) for r, a_T in zip(members, out, strict=True)]
+def _checked_credit(out: object, members: Sequence[Rollout], who: str) -> list[FloatArray]:
+    arrays = _arrays(out, who, len(members), "a group")
+    out_V_T = [_floats(a_T, len(r.token_ids_T), who) for r, a_T in zip(members, arrays, strict=True)]
     for rollout, a_T in zip(members, out_V_T, strict=True):
         _require(bool(np.isfinite(a_T).all()), who, "returned a value that is not finite")
         _require(not a_T[~rollout.sampled_T].any(), who, "gave credit to a token that was not sampled")
     return out_V_T
+
+
+def _arrays(given: Any, who: str, n: int, of: str) -> list[Any]:
+    try:
+        arrays = list(given)
+    except TypeError:
+        _require(False, who, f"returned a {type(given).__name__}, not a list of arrays")
+        raise
+    _require(len(arrays) == n, who, f"returned {len(arrays)} arrays for {of} of {n}")
+    return arrays
+
+
+def _called(kind: str, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a piece; RunError names a plug-in that raises, what a built-in raises is a bug and passes."""
+    if not plugins.is_dotted(name):
+        return function(*arguments)
+    try:
+        return function(*arguments)
+    except RetrainError:
+        raise
+    except Exception as error:
+        raise RunError(plugins.raised(kind, name, error), fix="correct the plug-in.") from error
 
 
 def _floats(given: npt.ArrayLike, n: int, who: str) -> FloatArray:
@@ -218,166 +330,64 @@ def _require(condition: bool, who: str, what: str) -> None:
         raise PluginError(f"{who} {what}.", fix=fix)
 
 
-# What a step's credit adds up to.
-
-
-@dataclass(frozen=True, slots=True)
-class Moments:
-    """Mean and population variance of ``count`` values; None for none."""
-
-    count: int
-    mean: float | None
-    variance: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[FloatArray]) -> Moments:
-        """Pool the arrays, in float64."""
-        pooled = np.concatenate(values).astype(np.float64) if values else np.zeros(0)
-        if not pooled.size:
-            return cls(0, None, None)
-        return cls(int(pooled.size), float(pooled.mean()), float(pooled.var()))
-
-
-@dataclass(frozen=True, slots=True)
-class CreditStats:
-    """What a step's valid rollouts show, pooled over their sampled tokens.
-
-    ``correct_rate`` is None when any of them cannot be judged, or there is none. ``skipped`` counts groups
-    by reason. Surprisals and entropies are in nats, entropies empty unless every valid rollout carries them;
-    ``exec_uncertainty`` is of the configured uncertainty, which SEPA follows.
-    """
-
-    correct_rate: float | None
-    skipped: Mapping[SkipReason, int]
-    exec_uncertainty: Moments
-    exec_surprisal: Moments
-    plan_surprisal: Moments
-    exec_entropy: Moments
-    plan_entropy: Moments
-    entropy_mean: float | None
-
-    @property
-    def observed(self) -> StepStats:
-        """What schedules observe."""
-        return StepStats(correct_rate=self.correct_rate, exec_variance=self.exec_uncertainty.variance)
-
-    @property
-    def metrics(self) -> dict[str, float | int | None]:
-        """correct_rate, skipped_*, entropy_mean, {exec,plan}_{surprisal,entropy}_{mean,var}.
-
-        Null where there was nothing to average.
-        """
-        named = {
-            "exec_surprisal": self.exec_surprisal,
-            "plan_surprisal": self.plan_surprisal,
-            "exec_entropy": self.exec_entropy,
-            "plan_entropy": self.plan_entropy,
-        }
-        found: dict[str, float | int | None] = {"correct_rate": self.correct_rate}
-        found |= {f"skipped_{reason.replace(' ', '_')}": count for reason, count in self.skipped.items()}
-        found["entropy_mean"] = self.entropy_mean
-        for name, moments in named.items():
-            found[f"{name}_mean"] = moments.mean
-            found[f"{name}_var"] = moments.variance
-        return found
-
-
-def step_stats(groups_P: Sequence[CreditedGroup], algorithm: Algorithm) -> CreditStats:
-    """Pool a step's groups, skipped ones included; members that are not valid are left out."""
-    verdicts: list[bool | None] = []
-    exec_u: list[FloatArray] = []
-    surprisals: tuple[list[FloatArray], list[FloatArray]] = ([], [])
-    entropies: tuple[list[FloatArray], list[FloatArray]] = ([], [])
-    every_entropy = True
-    for rollout, score, u_T, planning_T in _valid_members(groups_P):
-        verdicts.append(correct(score, algorithm.correct_at))
-        masks = (rollout.sampled_T & ~planning_T, rollout.sampled_T & planning_T)
-        exec_u.append(u_T[masks[0]])
-        surprisal_T = surprisal(rollout)
-        every_entropy = every_entropy and rollout.entropies_T is not None
-        for i, mask_T in enumerate(masks):
-            surprisals[i].append(surprisal_T[mask_T])
-            if rollout.entropies_T is not None:
-                entropies[i].append(rollout.entropies_T[mask_T])
-    if not every_entropy:
-        # A mean over the rollouts that happen to carry entropies would describe another population.
-        entropies = ([], [])
-    known = [v for v in verdicts if v is not None]
-    return CreditStats(
-        correct_rate=sum(known) / len(known) if known and len(known) == len(verdicts) else None,
-        skipped={reason: sum(g.skipped == reason for g in groups_P) for reason in SKIP_REASONS},
-        exec_uncertainty=Moments.of(exec_u),
-        exec_surprisal=Moments.of(surprisals[0]),
-        plan_surprisal=Moments.of(surprisals[1]),
-        exec_entropy=Moments.of(entropies[0]),
-        plan_entropy=Moments.of(entropies[1]),
-        entropy_mean=Moments.of([*entropies[0], *entropies[1]]).mean,
-    )
-
-
-def _valid_members(
-    groups_P: Sequence[CreditedGroup],
-) -> Iterator[tuple[Rollout, Score, FloatArray, BoolArray]]:
-    for group in groups_P:
-        scored = group.scored
-        for i in np.flatnonzero(scored.valid_G).tolist():
-            yield scored.rollouts_G[i], scored.scores_G[i], group.uncertainty_G_T[i], group.planning_G_T[i]
-
-
 # From a configuration to an algorithm and its schedule.
 
 
 def build(config: Config, renderer: Renderer) -> Algorithm:
-    """Resolve [algorithm], [gtpo], [hicra], [planning] and ``logging.strategic_grams`` to an algorithm.
+    """Resolve [algorithm], [gtpo], [hicra], [planning] and ``training.truncated`` to an algorithm.
 
     PluginError for a name that cannot be loaded, ConfigError for a parameter that nothing reads or that is
     not a finite number where one is needed.
     """
     section = config.algorithm
-    if section.algorithm_mode:
-        raise NotInThisVersion(
-            f"algorithm.algorithm_mode = {section.algorithm_mode!r} is not in this version.",
-            fix="set advantage_mode and transform_mode instead.",
-        )
-    if section.params:
+    mode = section.algorithm_mode
+    if section.params and not mode:
         raise ConfigError(
             f"algorithm.params sets {', '.join(section.params)}, which only an algorithm_mode reads.",
             fix="move it to algorithm.advantage_params or algorithm.transform_params.",
         )
-    advantage_name, transform_name = str(section.advantage_mode), str(section.transform_mode)
-    kind = str(section.uncertainty_kind)
+    kind, detector_name = str(section.uncertainty_kind), str(config.planning.detector)
     uncertainty_name = names.ALIASES["uncertainty"].get(kind, kind)
-    detector_name = str(config.planning.detector)
-    transform = plugins.load("transform", transform_name)
-    detector = plugins.load("detector", detector_name)(parse_grams(config.logging.strategic_grams))
-    if not callable(detector):
-        raise PluginError(
-            f"detector {detector_name!r} made a {type(detector).__name__}, not something to call.",
-            fix="name a class or function that takes the phrases and returns (text, offsets) -> mask.",
+    uncertainty = plugins.load("uncertainty", uncertainty_name)
+    detector = cast("Detector", plugins.make("detector", detector_name, config))
+    advantage_name, transform_name = str(section.advantage_mode), str(section.transform_mode)
+    advantage: AdvantageFn | BatchAdvantageFn = advantages.grpo
+    transform: TokenTransform = transforms.none
+    whole: AlgorithmFn | None = None
+    if mode:
+        whole, params = plugins.load("algorithm", mode), dict(section.params)
+    else:
+        transform = plugins.load("transform", transform_name)
+        advantage = _with_params(
+            plugins.load("advantage", advantage_name), advantage_name, section.advantage_params
         )
-    advantage = plugins.load("advantage", advantage_name)
+        params = _transform_params(config, transform_name)
     return Algorithm(
-        advantage=_with_params(advantage, advantage_name, section.advantage_params),
+        advantage=advantage,
         advantage_name=advantage_name,
         transform=transform,
         transform_name=transform_name,
-        uncertainty=plugins.load("uncertainty", uncertainty_name),
+        uncertainty=uncertainty,
         uncertainty_name=uncertainty_name,
-        detector=cast("Detector", detector),
+        detector=detector,
         detector_name=detector_name,
         offsets=renderer.offsets,
-        params=_transform_params(config, transform_name),
+        params=params,
         correct_at=config.reward.correct_at,
+        whole=whole,
+        whole_name=mode,
+        mask_truncated=config.training.truncated == "mask",
     )
 
 
 def build_schedule(config: Config) -> SepaSchedule:
-    """SEPA's schedule from [sepa]; inactive (lambda 0 throughout) for a transform that does not read lambda.
+    """SEPA's schedule from [sepa]; inactive (lambda 0 throughout) for credit that does not read lambda.
 
-    A transform of one's own asks for the schedule with an attribute ``uses_sepa = True``.
+    A transform or algorithm of one's own asks for the schedule with an attribute ``uses_sepa = True``.
     """
-    name = str(config.algorithm.transform_mode)
-    section = config.sepa
+    mode, section = config.algorithm.algorithm_mode, config.sepa
+    name = mode or str(config.algorithm.transform_mode)
+    piece = None if name in PARAMETERS else plugins.load("algorithm" if mode else "transform", name)
     return SepaSchedule(
         steps=section.steps,
         schedule=section.schedule,
@@ -386,11 +396,11 @@ def build_schedule(config: Config) -> SepaSchedule:
         ema_decay=section.ema_decay,
         threshold=section.threshold,
         warmup_updates=section.warmup_updates,
-        active=name in SEPA_TRANSFORMS or bool(getattr(plugins.load("transform", name), "uses_sepa", False)),
+        active=name in SEPA_TRANSFORMS or bool(getattr(piece, "uses_sepa", False)),
     )
 
 
-def _with_params(function: Any, name: str, params: Mapping[str, Any]) -> AdvantageFn:
+def _with_params(function: Any, name: str, params: Mapping[str, Any]) -> AdvantageFn | BatchAdvantageFn:
     try:
         inspect.signature(function).bind(np.zeros(0), **params)
     except TypeError as error:
@@ -401,12 +411,21 @@ def _with_params(function: Any, name: str, params: Mapping[str, Any]) -> Advanta
         ) from error
     except ValueError:
         pass  # a callable without a readable signature
-    return partial(function, **params) if params else function
+    if not params:
+        return function
+    bound: Any = partial(function, **params)
+    bound.batch_level = getattr(function, "batch_level", False)
+    return bound
 
 
 def _transform_params(config: Config, name: str) -> Mapping[str, Any]:
     own = dict(config.algorithm.transform_params)
-    params: dict[str, Any] = {"beta": config.gtpo.beta, "alpha": config.hicra.alpha, **own}
+    params: dict[str, Any] = {
+        "beta": config.gtpo.beta,
+        "alpha": config.hicra.alpha,
+        **DEFAULTS.get(name, {}),
+        **own,
+    }
     known = PARAMETERS.get(name)
     if known is None:
         return params
@@ -422,4 +441,10 @@ def _transform_params(config: Config, name: str) -> Mapping[str, Any]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             what = f"{key} of transform {name!r} must be a finite number, not {value!r}."
             raise ConfigError(what, fix=f"set {key} to a number.")
+        low, high = RANGES.get(key, (-math.inf, math.inf))
+        if not low < value <= high:
+            raise ConfigError(
+                f"{key} of transform {name!r} must be above {low:g} and at most {high:g}, not {value!r}.",
+                fix=f"set {key} into that range.",
+            )
     return params

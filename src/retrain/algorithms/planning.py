@@ -11,12 +11,15 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from retrain.errors import ConfigError
 from retrain.types import BoolArray
+
+if TYPE_CHECKING:
+    from retrain.config.schema import Config
 
 DEFAULT_GRAMS: tuple[str, ...] = (
     "wait let me",
@@ -135,15 +138,26 @@ class RegexDetector:
 
         ``offsets`` holds T of them; a token of zero width is never marked.
         """
-        mask_T = np.zeros(len(offsets), dtype=np.bool_)
-        spans = list(self._spans(text))
-        if not spans or not len(offsets):
-            return mask_T
-        ranges = np.fromiter(itertools.chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
-        starts, ends = ranges[::2], ranges[1::2]
-        # Characters inside a phrase before each position: a token overlaps one when that count grows over it.
-        inside = np.zeros(len(text) + 1, dtype=np.int64)
-        for start, end in spans:
-            inside[start + 1 : end + 1] = 1
-        before = np.cumsum(inside)
-        return before[np.clip(ends, 0, len(text))] > before[np.clip(starts, 0, len(text))]
+        return overlapping(list(self._spans(text)), len(text), offsets)
+
+
+def overlapping(
+    spans: Sequence[tuple[int, int]], length: int, offsets: Sequence[tuple[int, int]]
+) -> BoolArray:
+    """One bool per token: does its half-open range overlap one of ``spans`` in a text of ``length`` characters?"""
+    mask_T = np.zeros(len(offsets), dtype=np.bool_)
+    if not spans or not len(offsets):
+        return mask_T
+    ranges = np.fromiter(itertools.chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
+    starts, ends = ranges[::2], ranges[1::2]
+    # Characters inside a span before each position: a token overlaps one when that count grows over it.
+    inside = np.zeros(length + 1, dtype=np.int64)
+    for start, end in spans:
+        inside[start + 1 : end + 1] = 1
+    before = np.cumsum(inside)
+    return before[np.clip(ends, 0, length)] > before[np.clip(starts, 0, length)]
+
+
+def build(config: Config) -> RegexDetector:
+    """The detector of ``logging.strategic_grams``."""
+    return RegexDetector(parse_grams(config.logging.strategic_grams))

@@ -1,11 +1,14 @@
 """Token-level credit: how uncertain each sampled token was, and how that reshapes a rollout's advantage.
 
 The order is fixed: episode advantage, SEPA on the uncertainties, GTPO's weights, HICRA's amplification.
+``entropy_mask`` stands alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,10 +28,19 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "gtpo": ("beta",),
     "gtpo_hicra": ("beta", "alpha"),
     "gtpo_sepa": ("beta",),
+    "gtpo_sepa_amp": ("beta",),
+    "gtpo_sepa_amp_c": ("beta",),
+    "entropy_mask": ("rho",),
 }
 """What each built-in transform reads from ``context.params``."""
 
-SEPA_TRANSFORMS = frozenset({"gtpo_sepa"})
+DEFAULTS: dict[str, dict[str, float]] = {"entropy_mask": {"rho": 0.2}}
+"""Values of parameters that have no setting of their own."""
+
+RANGES: dict[str, tuple[float, float]] = {"rho": (0.0, 1.0)}
+"""Parameters that must lie above the first number and at most at the second."""
+
+SEPA_TRANSFORMS = frozenset({"gtpo_sepa", "gtpo_sepa_amp", "gtpo_sepa_amp_c"})
 """Built-in transforms that read ``context.sepa_lambda``."""
 
 
@@ -115,6 +127,24 @@ def sepa_pool(uncertainty_n: Floats, planning_n: BoolArray, sepa_lambda: float) 
     return np.where(execution_n, sepa_lambda * mean + (1.0 - sepa_lambda) * u_n, u_n)
 
 
+def sepa_amplify(
+    uncertainty_n: Floats, planning_n: BoolArray, sepa_lambda: float, *, floored: bool = False
+) -> Float64Array:
+    """SEPA the other way round: ``u_t <- (1 + lambda) u_t - lambda mean_exec(u)`` on execution tokens.
+
+    It spreads what ``sepa_pool`` flattens, and keeps the same mean unless ``floored`` lifts what fell below 0
+    to 0. Planning tokens keep their ``u_t``; a rollout without execution tokens is unchanged. No paper: a
+    control for the direction of SEPA. ``sepa_lambda`` is in [0, 1]; arguments and result are (n,).
+    """
+    u_n = np.asarray(uncertainty_n, dtype=np.float64)
+    execution_n = ~planning_n
+    if sepa_lambda == 0.0 or not execution_n.any():
+        return u_n
+    mean = float(u_n[execution_n].mean())
+    spread_n = (1.0 + sepa_lambda) * u_n - sepa_lambda * mean
+    return np.where(execution_n, np.maximum(spread_n, 0.0) if floored else spread_n, u_n)
+
+
 # Token transforms: (group, advantages_G_T, context) -> advantages_G_T.
 
 
@@ -125,13 +155,17 @@ def none(
     return advantages_G_T
 
 
+Reshape: TypeAlias = Callable[[Floats, BoolArray], Float64Array]
+"""(uncertainty_n, planning_n) -> uncertainty_n: what happens to a rollout's uncertainties before GTPO."""
+
+
 def _transform(
     group: ScoredGroup,
     advantages_G_T: Sequence[FloatArray],
     context: TransformContext,
     *,
-    sepa_lambda: float,
-    alpha: float,
+    reshape: Reshape | None = None,
+    alpha: float = 0.0,
 ) -> list[FloatArray]:
     beta = float(context.params["beta"])
     out_G_T: list[FloatArray] = []
@@ -140,7 +174,8 @@ def _transform(
     ):
         sampled_T = rollout.sampled_T
         planning_n = planning_T[sampled_T]
-        credit_n = gtpo_weigh(a_T[sampled_T], sepa_pool(u_T[sampled_T], planning_n, sepa_lambda), beta)
+        u_n = u_T[sampled_T] if reshape is None else reshape(u_T[sampled_T], planning_n)
+        credit_n = gtpo_weigh(a_T[sampled_T], u_n, beta)
         if alpha != 0.0:
             credit_n = hicra_amplify(credit_n, planning_n, alpha)
         out_T = np.zeros(len(a_T), dtype=np.float32)
@@ -153,18 +188,64 @@ def gtpo(
     group: ScoredGroup, advantages_G_T: Sequence[FloatArray], context: TransformContext
 ) -> Sequence[FloatArray]:
     """GTPO's weights on the raw uncertainties, per rollout; see ``gtpo_weigh``. Reads ``params["beta"]``."""
-    return _transform(group, advantages_G_T, context, sepa_lambda=0.0, alpha=0.0)
+    return _transform(group, advantages_G_T, context)
 
 
 def gtpo_hicra(
     group: ScoredGroup, advantages_G_T: Sequence[FloatArray], context: TransformContext
 ) -> Sequence[FloatArray]:
     """GTPO's weights, then HICRA on planning tokens. Reads ``params["beta"]`` and ``params["alpha"]``."""
-    return _transform(group, advantages_G_T, context, sepa_lambda=0.0, alpha=float(context.params["alpha"]))
+    return _transform(group, advantages_G_T, context, alpha=float(context.params["alpha"]))
 
 
 def gtpo_sepa(
     group: ScoredGroup, advantages_G_T: Sequence[FloatArray], context: TransformContext
 ) -> Sequence[FloatArray]:
     """SEPA on the uncertainties, then GTPO's weights. Reads ``params["beta"]`` and ``sepa_lambda``."""
-    return _transform(group, advantages_G_T, context, sepa_lambda=context.sepa_lambda, alpha=0.0)
+    return _transform(
+        group, advantages_G_T, context, reshape=partial(sepa_pool, sepa_lambda=context.sepa_lambda)
+    )
+
+
+def gtpo_sepa_amp(
+    group: ScoredGroup, advantages_G_T: Sequence[FloatArray], context: TransformContext
+) -> Sequence[FloatArray]:
+    """``sepa_amplify``, then GTPO's weights. Reads ``params["beta"]`` and ``sepa_lambda``."""
+    return _transform(
+        group, advantages_G_T, context, reshape=partial(sepa_amplify, sepa_lambda=context.sepa_lambda)
+    )
+
+
+def gtpo_sepa_amp_c(
+    group: ScoredGroup, advantages_G_T: Sequence[FloatArray], context: TransformContext
+) -> Sequence[FloatArray]:
+    """``sepa_amplify`` floored at 0, then GTPO's weights. Reads ``params["beta"]`` and ``sepa_lambda``."""
+    return _transform(
+        group,
+        advantages_G_T,
+        context,
+        reshape=partial(sepa_amplify, sepa_lambda=context.sepa_lambda, floored=True),
+    )
+
+
+def entropy_mask(
+    group: ScoredGroup, advantages_G_T: Sequence[FloatArray], context: TransformContext
+) -> Sequence[FloatArray]:
+    """Credit only for the most uncertain share ``rho`` of the group's sampled tokens, 0 for the others.
+
+    Paper: "Beyond the 80/20 rule", arXiv 2506.01939, which takes the entropy of the whole distribution
+    (``uncertainty_kind = "shannon_entropy"``) and a rho of 0.2. Of n tokens ``ceil(rho n)`` are kept, and all
+    that are as uncertain as the last of them: ties do not depend on the order of members or tokens. Reads
+    ``params["rho"]``, in (0, 1].
+    """
+    pooled_N = np.concatenate(
+        [u_T[r.sampled_T] for r, u_T in zip(group.rollouts_G, context.uncertainty_G_T, strict=True)]
+    )
+    # Less a hair, because 0.1 * 30 is 3.0000000000000004.
+    kept = max(1, math.ceil(float(context.params["rho"]) * pooled_N.size - 1e-9))
+    threshold = np.partition(pooled_N, pooled_N.size - kept)[pooled_N.size - kept]
+    # NaN, where no token was sampled, is not at least the threshold.
+    return [
+        np.where(u_T >= threshold, a_T, np.float32(0.0))
+        for a_T, u_T in zip(advantages_G_T, context.uncertainty_G_T, strict=True)
+    ]

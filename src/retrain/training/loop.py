@@ -12,8 +12,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from retrain.algorithms.credit import Algorithm, credit, step_stats
+from retrain.algorithms.credit import Algorithm, credit_step
 from retrain.algorithms.sepa import SepaSchedule
+from retrain.algorithms.statistics import step_stats
 from retrain.config.schema import Config
 from retrain.errors import LearnerError, RunError
 from retrain.protocols import Backend, Engine, Environment, Reward, State, Stateful, TaskSource
@@ -114,7 +115,7 @@ def _step(config: Config, parts: Parts) -> None:
     )  # fmt: skip
     sepa_lambda = parts.schedule.lambda_at(step)
     gate_open = parts.schedule.gate_open
-    groups_P = [credit(group, parts.algorithm, sepa_lambda) for group in got.groups_P]
+    groups_P = credit_step(got.groups_P, parts.algorithm, sepa_lambda)
     stats = step_stats(groups_P, parts.algorithm)
     fixed = training.batch_size * training.group_size * training.max_tokens
     keep_silent = config.loss.kl != 0 or config.loss.entropy != 0
