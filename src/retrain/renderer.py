@@ -185,6 +185,10 @@ class ChatRenderer:
             ids = tok.encode("\n\n".join(m.content for m in messages))
         return np.asarray(ids, dtype=np.int32)
 
+    def encode_text(self, text: str) -> IntArray:
+        """int32 ids of a text as it is, without a template; special tokens written in it are taken as such."""
+        return np.asarray(self._tokenizer.encode(text), dtype=np.int32)
+
     def decode(self, token_ids: IntArray) -> str:
         """Text of the ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         ids = [int(i) for i in token_ids]

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from retrain.config.fields import Setting, settings
@@ -42,6 +43,7 @@ SWITCHES = {
 }
 """Flags that set nothing in the configuration."""
 
+_NONE: Mapping[str, str] = MappingProxyType({})
 _NOT_BOOLEANS = ("yes", "no", "on", "off", "0", "1", "True", "False", "TRUE", "FALSE")
 
 
@@ -79,8 +81,11 @@ def _kebab(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(arguments: Sequence[str]) -> CommandLine:
-    """Read a run's command line; UsageError with a line for each thing that is wrong."""
+def parse(arguments: Sequence[str], aliases: Mapping[str, str] = _NONE) -> CommandLine:
+    """Read a run's command line; UsageError with a line for each thing that is wrong.
+
+    ``aliases`` are flags that mean another one here, such as ``--source`` for ``--eval.source``.
+    """
     result, wrong = CommandLine(), list[str]()
     rest = list(arguments)
     while rest:
@@ -99,7 +104,7 @@ def parse(arguments: Sequence[str]) -> CommandLine:
                 wrong.append(f"{flag} takes no value. Fix: write {flag} alone.")
             result.switches.add(flag)
             continue
-        target = _target(flag)
+        target = _target(aliases.get(flag, flag))
         if target is None:
             if not equals and rest and not rest[0].startswith("-"):
                 rest.pop(0)

@@ -99,6 +99,8 @@ class TorchEngine:
         self._canary: tuple[FloatArray, FloatArray] | None = None  # the learner's and ours, at the last load
         self._merged = False
         self._waiting: list[_Request] = []
+        self.asked = self.finished = 0
+        """Rollouts of the present call, and how many of them have ended: for whoever shows progress."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="retrain-engine")
 
     def load(self, weights: Weights) -> None:
@@ -179,6 +181,7 @@ class TorchEngine:
             for m, noise in enumerate(uniforms(r.sampling.noise, r.n, r.sampling.max_tokens))
         ]
         results: list[list[Completion | None]] = [[None] * r.n for r in requests]
+        self.asked, self.finished = len(rows), 0
         with torch.no_grad(), policy.mode(self._kind):
             for chunk in self._chunks(policy, requests, rows):
                 for row, completion in zip(chunk, self._run(policy, requests, chunk), strict=True):
@@ -255,6 +258,7 @@ class TorchEngine:
         logprobs = np.zeros((len(rows), length), dtype=np.float32)
         entropies = np.zeros((len(rows), length), dtype=np.float32)
         ended: list[tuple[int, Any] | None] = [None] * len(rows)
+        before = self.finished
         alive = list(range(len(rows)))  # batch position -> row, finished rows included until compaction
         for t in range(length):
             live = torch.as_tensor(alive, device=device)
@@ -275,6 +279,7 @@ class TorchEngine:
                 elif t + 1 >= s.max_tokens:
                     ended[row] = (t + 1, "length")
             running = [b for b, row in enumerate(alive) if ended[row] is None]
+            self.finished = before + len(rows) - len(running)
             if not running:
                 break
             # Leaving costs a copy of the cache: pay it when a quarter of the batch is idle.
