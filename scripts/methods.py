@@ -69,7 +69,8 @@ def train(runs: Path, name: str, flags: tuple[str, ...], seed: int) -> dict:
     if not (status.exists() and json.loads(status.read_text())["status"] == "done"):
         command = [
             sys.executable, "-m", "retrain", "demo", "--plain", "--overwrite", "--seed", str(seed), "--max-steps",
-            str(STEPS), "--eval-every", "0", "--examples", "128", "--save-every", "0", "--rollouts", "false", "--generations", "0",
+            str(STEPS), "--eval-every", "0", "--examples", "128", "--save-every", "0", "--rollouts", "false",
+            "--generations", "0",
             "--log-dir", str(run), *flags,
         ]  # fmt: skip
         env = {**os.environ, "OMP_NUM_THREADS": "1", "RETRAIN_NO_DOTENV": "1"}
