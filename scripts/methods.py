@@ -57,7 +57,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "dynamic sampling": (*PLAIN, "--min-signal", "1.0", "--max-oversample", "2.0"),
     "learning rate cosine": (*PLAIN, "--lr-schedule", "cosine"),
     "lora dropout 0.05": (*PLAIN, "--dropout", "0.05"),
-    "rslora, alpha 8": (*PLAIN, "--rslora", "true", "--alpha", "8"),
+    "rslora, alpha 8": (*PLAIN, "--rslora", "true", "--lora-alpha", "8"),
 }  # fmt: skip
 """What each row adds to the template tiny, as command-line flags."""
 
