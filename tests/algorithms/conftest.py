@@ -91,7 +91,7 @@ def make_algorithm() -> Callable[..., Algorithm]:
             "transform": transforms.none, "transform_name": "none",
             "uncertainty": transforms.surprisal, "uncertainty_name": "surprisal",
             "detector": RegexDetector(), "detector_name": "regex",
-            "offsets": toy_offsets, "params": {"beta": 0.1, "alpha": 0.2}, "correct_at": None,
+            "offsets": toy_offsets, "params": {"beta": 0.1, "alpha": 0.2, "rho": 0.2}, "correct_at": None,
         }  # fmt: skip
         return Algorithm(**{**parts, **changed})
 

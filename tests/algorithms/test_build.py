@@ -15,7 +15,7 @@ from retrain.algorithms.credit import build, build_schedule, credit
 from retrain.algorithms.planning import DEFAULT_GRAMS
 from retrain.config.names import ALIASES, BUILT, CONDITIONS
 from retrain.config.schema import Config
-from retrain.errors import ConfigError, NotInThisVersion, PluginError
+from retrain.errors import ConfigError, PluginError
 from retrain.types import ScoredGroup, StepStats
 
 
@@ -120,7 +120,7 @@ def test_plug_ins_of_ones_own_get_their_parameters(
     negate.uses_sepa = True  # type: ignore[attr-defined]
     mine.centre, mine.negate = centre, negate  # type: ignore[attr-defined]
     mine.flat = lambda rollout: np.where(rollout.sampled_T, 1.0, np.nan)  # type: ignore[attr-defined]
-    mine.detector = lambda grams: lambda text, offsets: np.ones(len(offsets), bool)  # type: ignore[attr-defined]
+    mine.detector = lambda config: lambda text, offsets: np.ones(len(offsets), bool)  # type: ignore[attr-defined]
     sections: dict[str, Any] = {
         "algorithm": {
             "advantage_mode": "mine.centre", "transform_mode": "mine:negate", "uncertainty_kind": "mine.flat",
@@ -146,6 +146,19 @@ def test_plug_ins_of_ones_own_get_their_parameters(
         ({"transform_params": {"beta": "0.1"}}, "beta of transform 'gtpo_sepa' must be a finite number"),
         ({"transform_params": {"beta": float("nan")}}, "must be a finite number"),
         ({"params": {"x": 1}}, "algorithm.params sets x"),
+        (
+            {"transform_mode": "entropy_mask", "transform_params": {"rho": 0.0}},
+            "rho .* above 0 and at most 1",
+        ),
+        (
+            {"transform_mode": "entropy_mask", "transform_params": {"rho": 1.1}},
+            "rho .* above 0 and at most 1",
+        ),
+        ({"transform_mode": "entropy_mask", "transform_params": {"beta": 1.0}}, "takes rho, and .*'beta'"),
+        (
+            {"advantage_mode": "reinforce_pp", "advantage_params": {"eps": 1.0}},
+            "cannot be called with eps=1.0",
+        ),
     ],
 )
 def test_parameters_that_nothing_reads_are_refused(section: dict[str, Any], message: str) -> None:
@@ -154,14 +167,59 @@ def test_parameters_that_nothing_reads_are_refused(section: dict[str, Any], mess
     assert caught.value.fix
 
 
-def test_a_whole_algorithm_is_not_in_this_version() -> None:
-    with pytest.raises(NotInThisVersion, match="algorithm_mode"):
-        build_of(algorithm={"algorithm_mode": "mine.all"})
+def test_an_algorithm_stands_in_for_advantage_and_transform(
+    mine: types.ModuleType, make_group: Callable[..., ScoredGroup]
+) -> None:
+    def whole(group: Any, context: Any) -> Any:
+        scale = context.params["scale"] * (1 + context.sepa_lambda)
+        return [
+            np.where(r.sampled_T, scale * (s.reward - 0.5), 0.0).astype(np.float32)
+            for r, s in zip(group.rollouts_G, group.scores_G, strict=True)
+        ]
+
+    whole.uses_sepa = True  # type: ignore[attr-defined]
+    mine.whole = whole  # type: ignore[attr-defined]
+    sections: dict[str, Any] = {
+        "algorithm": {"algorithm_mode": "mine.whole", "params": {"scale": 4.0}},
+        "sepa": {"steps": 1, "delay_steps": 0, "correct_rate_gate": 0.0},
+    }
+    algorithm = build_of(**sections)
+    assert (algorithm.whole_name, algorithm.params) == ("mine.whole", {"scale": 4.0})
+    # 3.0 is a reward that maxrl, the default advantage, would refuse.
+    group = make_group([0.0, 3.0, None])
+    got = credit(group, algorithm, 0.5)
+    values = [set(a[r.sampled_T].tolist()) for a, r in zip(got.advantages_G_T, group.rollouts_G, strict=True)]
+    assert values == [{-3.0}, {15.0}, {0.0}]
+    assert build_schedule(config_of(**sections)).lambda_at(1) == 1.0
+    whole.uses_sepa = False  # type: ignore[attr-defined]
+    assert build_schedule(config_of(**sections)).lambda_at(1) == 0.0
+
+
+def test_a_batch_level_advantage_keeps_its_level_with_parameters(mine: types.ModuleType) -> None:
+    def centre(rewards_P_G: Any, *, scale: float) -> Any:
+        return [scale * (r - r.mean()) for r in rewards_P_G]
+
+    centre.batch_level = True  # type: ignore[attr-defined]
+    mine.centre = centre  # type: ignore[attr-defined]
+    got = build_of(algorithm={"advantage_mode": "mine.centre", "advantage_params": {"scale": 2.0}})
+    assert got.advantage.batch_level is True
+    assert [a.tolist() for a in got.advantage([np.array([0.0, 1.0])])] == [[-1.0, 1.0]]
+
+
+def test_only_mask_masks() -> None:
+    flags = {t: build_of(training={"truncated": t}).mask_truncated for t in ("score", "mask", "soft")}
+    assert flags == {"score": False, "mask": True, "soft": False}
+
+
+def test_entropy_mask_has_a_share_of_its_own() -> None:
+    assert build_of(algorithm={"transform_mode": "entropy_mask"}).params["rho"] == 0.2
+    given = {"transform_mode": "entropy_mask", "transform_params": {"rho": 0.5}}
+    assert build_of(algorithm=given).params["rho"] == 0.5
 
 
 def test_unknown_names_are_refused(mine: types.ModuleType) -> None:
     with pytest.raises(PluginError, match="grop"):
         build_of(algorithm={"advantage_mode": "grop"})
-    mine.detector = lambda grams: None  # type: ignore[attr-defined]
+    mine.detector = lambda config: None  # type: ignore[attr-defined]
     with pytest.raises(PluginError, match="made a NoneType"):
         build_of(planning={"detector": "mine.detector"})

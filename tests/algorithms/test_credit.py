@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrain.algorithms import advantages, transforms
-from retrain.algorithms.credit import Algorithm, Context, correct, credit, step_stats
+from retrain.algorithms.credit import Algorithm, Context, correct, credit, credit_step, has_signal
+from retrain.algorithms.statistics import step_stats
 from retrain.errors import ConfigError, PluginError, RewardError, RunError
 from retrain.types import CreditedGroup, Rollout, Score, ScoredGroup, StepStats
 
-MODES = ["none", "gtpo", "gtpo_hicra", "gtpo_sepa"]
+MODES = list(transforms.PARAMETERS)
+MEAN_KEPT = ("none", "gtpo", "gtpo_sepa", "gtpo_sepa_amp")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_invariants(
             np.testing.assert_array_equal(u_T, transforms.surprisal(rollout))
         if got.skipped or reward is None:
             assert not a_T.any()
-    if not got.skipped and mode in ("none", "gtpo", "gtpo_sepa"):
+    if not got.skipped and mode in MEAN_KEPT:
         mean = sum(known) / len(known)
         for reward, rollout, a_T in zip(rewards, group.rollouts_G, got.advantages_G_T, strict=True):
             if reward is not None:
@@ -310,6 +312,7 @@ def test_statistics_equal_loops_over_tokens(
     assert got.observed.correct_rate == metrics["correct_rate"] == 4 / 7
     assert {k: v for k, v in metrics.items() if k.startswith("skipped")} == {
         "skipped_errors": 1, "skipped_all_correct": 1, "skipped_all_wrong": 1, "skipped_equal_rewards": 0,
+        "skipped_all_cut": 0,
     }  # fmt: skip
 
 
@@ -357,3 +360,181 @@ def test_the_result_is_a_credited_group(
     got = credit(group, make_algorithm(), 0.0)
     assert isinstance(got, CreditedGroup)
     assert got.scored is group
+
+
+# Several groups at once, masks, and algorithms that replace the pipeline.
+
+
+def first_credit(group: CreditedGroup) -> list[float]:
+    """The advantage of each member's first sampled token."""
+    rollouts = group.scored.rollouts_G
+    return [float(a[r.sampled_T][0]) for a, r in zip(group.advantages_G_T, rollouts, strict=True)]
+
+
+def test_a_batch_level_advantage_sees_the_valid_rewards_of_the_whole_step(
+    make_group: Callable[..., ScoredGroup], make_algorithm: Callable[..., Algorithm]
+) -> None:
+    seen: list[list[float]] = []
+
+    def batch(rewards_P_G: Any) -> Any:
+        seen.extend(r.tolist() for r in rewards_P_G)
+        return [np.full(len(r), float(i)) for i, r in enumerate(rewards_P_G)]
+
+    batch.batch_level = True  # type: ignore[attr-defined]
+    step = [
+        make_group(r, seed=i) for i, r in enumerate([[1.0, None, 0.0], [1.0, 1.0], [None, None], [0.0, 1.0]])
+    ]
+    got = credit_step(step, make_algorithm(advantage=batch), 0.0)
+    assert seen == [[1.0, 0.0], [1.0, 1.0], [], [0.0, 1.0]]
+    assert [g.skipped for g in got] == ["", "all correct", "errors", ""]
+    # Skipped groups get nothing, whatever the advantage says about them.
+    assert [first_credit(g) for g in got] == [[0.0, 0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [3.0, 3.0]]
+
+
+def test_reinforce_pp_through_a_step_and_through_one_group(
+    make_group: Callable[..., ScoredGroup], make_algorithm: Callable[..., Algorithm]
+) -> None:
+    rewards = [[1.0, 0.0, 0.0], [1.0, 1.0], [0.2, None, 0.7]]
+    step = [make_group(r, seed=i) for i, r in enumerate(rewards)]
+    algorithm = make_algorithm(advantage=advantages.reinforce_pp, advantage_name="reinforce_pp")
+    want = advantages.reinforce_pp([np.array([x for x in r if x is not None]) for r in rewards])
+    got = credit_step(step, algorithm, 0.0)
+    assert first_credit(got[0]) == pytest.approx(want[0].tolist(), rel=1e-6)
+    assert first_credit(got[2]) == pytest.approx([want[2][0], 0.0, want[2][1]], rel=1e-6)
+    alone = credit(step[0], algorithm, 0.0)
+    assert first_credit(alone) == pytest.approx(advantages.reinforce_pp([np.array(rewards[0])])[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["grpo", "maxrl", "grpo_std", "rloo"])
+def test_a_step_is_its_groups_where_the_advantage_looks_at_groups(
+    name: str, make_group: Callable[..., ScoredGroup], make_algorithm: Callable[..., Algorithm]
+) -> None:
+    algorithm = make_algorithm(advantage=getattr(advantages, name), transform=transforms.gtpo)
+    step = [make_group(r, seed=i) for i, r in enumerate([[1.0, 0.0], [1.0, 1.0], [0.2, None, 0.7]])]
+    for whole, group in zip(credit_step(step, algorithm, 0.0), step, strict=True):
+        alone = credit(group, algorithm, 0.0)
+        assert whole.skipped == alone.skipped
+        for a, b in zip(whole.advantages_G_T, alone.advantages_G_T, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (lambda r: r[:-1], "returned 1 arrays for a step of 2"),
+        (lambda r: None, "returned a NoneType, not a list of arrays"),
+        (lambda r: [x[:-1] for x in r], "returned shape"),
+        (lambda r: [x * np.nan for x in r], "returned .*nan"),
+    ],
+)
+def test_a_broken_batch_level_advantage_is_named(
+    out: Any, message: str, make_group: Callable[..., ScoredGroup], make_algorithm: Callable[..., Algorithm]
+) -> None:
+    def batch(rewards_P_G: Any) -> Any:
+        return out(rewards_P_G)
+
+    batch.batch_level = True  # type: ignore[attr-defined]
+    step = [make_group([0.0, 1.0]), make_group([1.0, 0.0])]
+    with pytest.raises(PluginError, match=f"advantage 'mine' {message}"):
+        credit_step(step, make_algorithm(advantage=batch, advantage_name="mine"), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "want"),
+    [
+        ([0.0, 1.0], True),
+        ([0.0, 0.0], False),
+        ([0.0, None, 1.0], True),
+        ([0.0, None, None], False),
+        ([None, None], False),
+        ([0.1] * 6, False),
+        ([3.0, -3.0], True),
+    ],
+)
+def test_has_signal_agrees_with_credit(
+    rewards: list[float | None], want: bool,
+    make_group: Callable[..., ScoredGroup], make_algorithm: Callable[..., Algorithm],
+) -> None:  # fmt: skip
+    group = make_group(rewards)
+    assert has_signal(group) is want
+    assert (credit(group, make_algorithm(), 0.0).skipped == "") is want
+
+
+def cut(group: ScoredGroup, *members: int) -> ScoredGroup:
+    """The group with these members stopped at their token limit."""
+    rollouts = [
+        dataclasses.replace(r, stop="length" if i in members else r.stop)
+        for i, r in enumerate(group.rollouts_G)
+    ]
+    return ScoredGroup(group.task, tuple(rollouts), group.scores_G)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_masked_rollout_counts_for_the_others_and_gets_nothing(
+    mode: str, make_group: Callable[..., ScoredGroup], make_algorithm: Callable[..., Algorithm]
+) -> None:
+    whole = make_group([0.0, 1.0, 1.0, 0.0], seed=2)
+    algorithm = make_algorithm(transform=getattr(transforms, mode), transform_name=mode)
+    masks = dataclasses.replace(algorithm, mask_truncated=True)
+    plain, got = credit(whole, algorithm, 0.5), credit(cut(whole, 1, 3), masks, 0.5)
+    for i in (0, 2):
+        np.testing.assert_array_equal(got.advantages_G_T[i], plain.advantages_G_T[i])
+    for i in (1, 3):
+        assert not got.advantages_G_T[i].any()
+        np.testing.assert_array_equal(got.uncertainty_G_T[i], plain.uncertainty_G_T[i])
+    first, second = step_stats([plain], algorithm), step_stats([got], masks)
+    assert first.metrics == second.metrics
+    unmasked = credit(cut(whole, 1, 3), algorithm, 0.5)
+    for a, b in zip(unmasked.advantages_G_T, plain.advantages_G_T, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_group_of_which_all_valid_members_are_masked_is_skipped(
+    make_group: Callable[..., ScoredGroup], make_algorithm: Callable[..., Algorithm]
+) -> None:
+    algorithm = make_algorithm(mask_truncated=True)
+    got = credit(cut(make_group([0.0, None, 1.0]), 0, 2), algorithm, 0.0)
+    assert got.skipped == "all cut"
+    assert step_stats([got], algorithm).metrics["skipped_all_cut"] == 1
+    assert credit(cut(make_group([0.0, 0.0]), 0, 1), algorithm, 0.0).skipped == "all wrong"
+
+
+def flat(value: float) -> Callable[..., Any]:
+    return lambda group, context: [
+        np.where(r.sampled_T, np.float32(value), np.float32(0)) for r in group.rollouts_G
+    ]
+
+
+@pytest.mark.parametrize(
+    ("whole", "message"),
+    [
+        (lambda group, context: flat(1.0)(group, context)[:-1], "returned 1 arrays for a group of 2"),
+        (lambda group, context: None, "returned a NoneType, not a list of arrays"),
+        (lambda group, context: flat(math.inf)(group, context), "not finite"),
+        (lambda group, context: [np.ones(len(r.token_ids_T)) for r in group.rollouts_G], "not sampled"),
+    ],
+)
+def test_a_broken_algorithm_is_named(
+    whole: Any, message: str, make_group: Callable[..., ScoredGroup], make_algorithm: Callable[..., Algorithm]
+) -> None:
+    with pytest.raises(PluginError, match=f"algorithm 'mine.all' .*{message}"):
+        credit(make_group([0.0, 1.0, None]), make_algorithm(whole=whole, whole_name="mine.all"), 0.0)
+
+
+@pytest.mark.parametrize("kind", ["advantage", "transform", "uncertainty", "detector", "whole"])
+def test_a_plug_in_that_raises_is_named_with_its_line(
+    kind: str, make_group: Callable[..., ScoredGroup], make_algorithm: Callable[..., Algorithm]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("no such luck\nsecond line")
+
+    named = "algorithm" if kind == "whole" else kind
+    with pytest.raises(RunError) as caught:
+        credit(make_group([0.0, 1.0]), make_algorithm(**{kind: broken, f"{kind}_name": "mine.broken"}), 0.0)
+    assert caught.value.message.startswith(
+        f"{named} 'mine.broken' raised ZeroDivisionError: no such luck (test_credit.py:"
+    )
+    assert "\n" not in str(caught.value)
+    if kind != "whole":
+        with pytest.raises(ZeroDivisionError):  # a built-in that raises is a bug, and keeps its traceback
+            credit(make_group([0.0, 1.0]), make_algorithm(**{kind: broken}), 0.0)

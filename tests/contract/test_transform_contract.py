@@ -17,7 +17,7 @@ from retrain.types import Message, Rollout, Score, ScoredGroup, Task
 
 TRANSFORMS = list(plugins.TABLE["transform"])
 UNCERTAINTIES = list(plugins.TABLE["uncertainty"])
-PARAMS = {"beta": 0.1, "alpha": 0.2}
+PARAMS = {"beta": 0.1, "alpha": 0.2, "rho": 0.4}
 
 
 def a_rollout(member: int) -> Rollout:
@@ -94,7 +94,7 @@ def test_no_advantage_stays_none(transform: str) -> None:
 
 
 def test_neutral_parameters_leave_the_advantage(transform: str) -> None:
-    neutral = an_algorithm(transform, params={"beta": 0.0, "alpha": 0.0})
+    neutral = an_algorithm(transform, params={"beta": 0.0, "alpha": 0.0, "rho": 1.0})
     got, plain = credit(a_group(), neutral, 0.0), credit(a_group(), an_algorithm(), 0.0)
     for a, b in zip(got.advantages_G_T, plain.advantages_G_T, strict=True):
         np.testing.assert_array_equal(a, b)
