@@ -48,14 +48,21 @@ def step_line(step: int, m: Mapping[str, Any]) -> str:
 
 
 def evaluation_line(step: int, m: Mapping[str, Any]) -> str:
-    """One evaluation as one line."""
-    place = f"Eval after {step} steps [{m['eval/source']}, {m['eval/tasks']} tasks x {m['eval/samples']}] | "
-    if m["eval/accuracy"] is None:
-        return place + f"reward={m['eval/mean_reward']} | accuracy unknown: set reward.correct_at"
-    text = (
-        f"{place}accuracy={m['eval/accuracy']:.1%} (95% interval {m['eval/accuracy_low']:.1%} to {m['eval/accuracy_high']:.1%})"
-    )
-    return text + (f" | errors={m['eval/errors']}" if m["eval/errors"] else "")
+    """One evaluation as one line, and one more per suite."""
+    places = [key.removesuffix("/accuracy") for key in m if key.startswith("eval/") and key.endswith("/accuracy")]
+    return "\n".join(_evaluated(step, m, place) for place in places)
+
+
+def _evaluated(step: int, m: Mapping[str, Any], place: str) -> str:
+    of = {key: m.get(f"{place}/{key}") for key in ("source", "tasks", "samples", "mean_reward", "errors")}
+    samples = "" if of["samples"] is None else f" x {of['samples']}"
+    line = f"Eval after {step} steps [{of['source']}, {of['tasks']} tasks{samples}] | "
+    accuracy = m[f"{place}/accuracy"]
+    if accuracy is None:
+        return line + f"reward={of['mean_reward']} | accuracy unknown: set reward.correct_at"
+    low, high = m[f"{place}/accuracy_low"], m[f"{place}/accuracy_high"]
+    line += f"accuracy={accuracy:.1%} (95% interval {low:.1%} to {high:.1%})"
+    return line + (f" | errors={of['errors']}" if of["errors"] else "")
 
 
 class Output:

@@ -7,14 +7,14 @@ import logging
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrain.environments import sources
 from retrain.environments.arithmetic import TINY_INSTRUCTION
+from retrain.environments.reading import DEFAULT_INSTRUCTION
 from retrain.environments.sources import TaskCursor, digest_of, load_tasks
 from retrain.errors import DataError, PluginError, ResumeError
 from retrain.types import Message, Task
@@ -24,8 +24,13 @@ from retrain.types import Message, Task
 class Data:
     source: str = "jsonl"
     path: str = ""
+    subset: str = ""
+    subjects: tuple[str, ...] = ()
     levels: tuple[int, ...] = (2,)
     fields: dict[str, str] = field(default_factory=dict)
+    generators: dict[str, dict] = field(default_factory=dict)
+    size: int = 20
+    seed: int = 0
     instruction: str = ""
     system: str = ""
 
@@ -76,8 +81,8 @@ def test_jsonl_maps_fields_and_numbers(file):
 
 def test_jsonl_asks_for_a_box_by_default(file):
     (task,) = load_tasks(file({"question": "1+1?", "answer": "2"}), "train")
-    assert task.messages == (Message("user", f"1+1?\n\n{sources.DEFAULT_INSTRUCTION}"),)
-    assert "\\boxed{}" in sources.DEFAULT_INSTRUCTION
+    assert task.messages == (Message("user", f"1+1?\n\n{DEFAULT_INSTRUCTION}"),)
+    assert "\\boxed{}" in DEFAULT_INSTRUCTION
     assert task.id == "jsonl/train/0"
 
 
@@ -94,7 +99,7 @@ def test_rows_without_an_answer_are_dropped_and_counted(file, caplog):
     with caplog.at_level(logging.WARNING, "retrain"):
         found = load_tasks(data, "train")
     assert [t.id for t in found] == ["jsonl/train/0", "jsonl/train/4"]
-    assert "dropped 3 rows without an answer (line 2, 3, 4)" in caplog.text
+    assert "dropped 3 rows without an answer (line 2, line 3, line 4)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -130,7 +135,7 @@ def test_missing_empty_and_unreadable_files(file, tmp_path):
         (Data(path=str(tmp_path / "none.jsonl")), "no such file"),
         (file(), "holds no task"),
         (file({"question": "q", "answer": ""}), "holds no task"),
-        (Data(path=str(tmp_path), fields={"answers": "x"}), "means nothing"),
+        (replace(file({}, name="any.jsonl"), fields={"answers": "x"}), "means nothing"),
     ):
         with pytest.raises(DataError, match=said):
             load_tasks(data, "train")

@@ -97,9 +97,15 @@ def _idle_rules() -> tuple[_Idle, ...]:
             "data.path",
         ),
         _Idle(
-            _section("eval", "eval.source", "eval.suites", "eval.every"), lambda c: not c.eval.source, "eval.source"
+            _section("eval", "eval.source", "eval.suites", "eval.every", "eval.seed", "eval.temperature"),
+            lambda c: not c.eval.source,
+            "eval.source",
         ),
-        _Idle(("eval.every",), lambda c: not c.eval.source and not c.eval.suites, "eval.source"),
+        _Idle(
+            ("eval.every", "eval.seed", "eval.temperature"),
+            lambda c: not c.eval.source and not c.eval.suites,
+            "eval.source",
+        ),
         _Idle(("eval.levels",), lambda c: c.eval.source not in ("", "arithmetic"), "eval.source"),
         _Idle(("eval.path",), lambda c: c.eval.source in ("arithmetic", "reasoning_gym"), "eval.source"),
         _Idle(

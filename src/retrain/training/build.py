@@ -17,13 +17,15 @@ from typing import Any
 from retrain import __version__, plugins
 from retrain.algorithms import credit
 from retrain.config.schema import Config
+from retrain.config.tables import suites
+from retrain.environments.mixture import table_tasks, training_tasks
 from retrain.environments.sources import TaskCursor, digest_of, load_tasks
 from retrain.errors import ConfigError, DataError
 from retrain.protocols import Renderer, Sink
 from retrain.tracking import layout
 from retrain.tracking.run_log import RunLog
 from retrain.training.checkpoint import Checkpoints
-from retrain.training.evaluate import Evaluator
+from retrain.training.evaluate import Evaluator, Suites
 from retrain.training.loop import Parts
 from retrain.training.rollout import EventLoop
 from retrain.types import NoiseKey, Sampling, Task
@@ -104,11 +106,22 @@ def sampling_of(config: Config, renderer: Renderer, *, temperature: float) -> Sa
     )
 
 
-def evaluator(config: Config, renderer: Renderer) -> Evaluator | None:
-    """The held-out tasks of [eval], None when there are none to run."""
+def evaluator(config: Config, renderer: Renderer) -> Evaluator | Suites | None:
+    """The held-out tasks of [eval] and of its suites, None when there are none to run."""
+    main = _main_evaluator(config, renderer) if config.eval.source else None
+    further = tuple(
+        _evaluator_of(
+            config, renderer, table_tasks(table, table.split, config.data, "eval.suites"),
+            examples=table.examples, samples=table.samples, temperature=table.temperature or config.eval.temperature,
+            name=table.label, prefix=f"eval/{table.label}",
+        )
+        for table in suites(config)
+    )  # fmt: skip
+    return Suites(main, further) if further else main
+
+
+def _main_evaluator(config: Config, renderer: Renderer) -> Evaluator:
     section = config.eval
-    if not section.source:
-        return None
     data = config.data.model_copy(
         update={
             "source": section.source,
@@ -122,18 +135,30 @@ def evaluator(config: Config, renderer: Renderer) -> Evaluator | None:
     except DataError as error:
         # The sources know one section; these tasks come from the other.
         raise DataError(error.message.replace("data.", "eval."), fix=error.fix.replace("data.", "eval.")) from error
+    return _evaluator_of(
+        config, renderer, held_out,
+        examples=section.examples, samples=section.samples, temperature=section.temperature,
+        name=f"{section.source}/{section.split}", prefix="eval",
+    )  # fmt: skip
+
+
+def _evaluator_of(
+    config: Config, renderer: Renderer, held_out: Sequence[Task],
+    *, examples: int, samples: int, temperature: float | None, name: str, prefix: str,
+) -> Evaluator:  # fmt: skip
     # A seeded draw, not the first ones: a file's first rows are rarely a fair sample of it.
-    chosen = TaskCursor(held_out, seed=section.seed, shuffle=True).take(
-        min(section.examples or len(held_out), len(held_out))
+    chosen = TaskCursor(held_out, seed=config.eval.seed, shuffle=True).take(
+        min(examples or len(held_out), len(held_out))
     )
-    sampling = sampling_of(config, renderer, temperature=section.temperature or config.training.temperature)
+    sampling = sampling_of(config, renderer, temperature=temperature or config.training.temperature)
     return Evaluator(
         tasks=tuple(chosen),
-        samples=section.samples,
+        samples=samples,
         sampling=replace(sampling, want_entropy=False),
-        seed=section.seed,
+        seed=config.eval.seed,
         correct_at=config.reward.correct_at,
-        name=f"{section.source}/{section.split}",
+        name=name,
+        prefix=prefix,
     )
 
 
@@ -149,7 +174,7 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
             config.model.model, revision=config.model.revision, template_args=config.data.template_args
         )
         log.info("Loading dataset...")
-        tasks = load_tasks(config.data, config.data.split, config.training.max_examples)
+        tasks, task_source = training_tasks(config)
         log.info("Loaded %d examples", len(tasks))
         held_out = evaluator(config, renderer)
         check(renderer, tasks, held_out.tasks if held_out else ())
@@ -181,7 +206,7 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
             engine=engine,
             environment=environment,
             reward=reward,
-            tasks=TaskCursor(tasks, seed=config.training.seed, shuffle=config.data.shuffle),
+            tasks=task_source,
             algorithm=algorithm,
             schedule=schedule,
             sampling=sampling_of(config, renderer, temperature=config.training.temperature),

@@ -52,7 +52,10 @@ def noise_number(task_id: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Evaluator:
-    """Runs one fixed set of tasks. A rollout or reward that failed is left out and reported, never scored 0."""
+    """Runs one fixed set of tasks. A rollout or reward that failed is left out and reported, never scored 0.
+
+    ``prefix`` begins the names of its metrics: ``eval`` for the main set, ``eval/<name>`` for a further one.
+    """
 
     tasks: tuple[Task, ...]
     samples: int
@@ -60,15 +63,16 @@ class Evaluator:
     seed: int
     correct_at: float | None
     name: str
+    prefix: str = "eval"
 
     def run(
         self, loop: EventLoop, environment: Environment, reward: Reward, engine: Engine,
         *, deadline_s: float, max_error_rate: float,
     ) -> tuple[dict[str, Any], int]:  # fmt: skip
-        """Metrics ``eval/...`` of the engine's present weights, and how many rewards failed.
+        """Metrics ``<prefix>/...`` of the engine's present weights, and how many rewards failed.
 
-        Accuracy, interval and pass@k are None where a reward does not say what is correct (outside [0, 1]
-        without ``reward.correct_at``).
+        Accuracy, interval, mean@n and pass@k are None where a reward does not say what is correct (outside [0, 1]
+        without ``reward.correct_at``). mean@n and pass@k are over the tasks with n and k valid samples.
         """
         tasks = [replace(t, draw=noise_number(t.id)) for t in self.tasks]
         got = collect(
@@ -95,24 +99,96 @@ class Evaluator:
         marks = [[v is True for v in row] for row in verdicts]
         accuracy, low, high = interval(marks) if judged else (None, None, None)
         metrics: dict[str, Any] = {
-            "eval/source": self.name,
-            "eval/accuracy": accuracy,
-            "eval/accuracy_low": low,
-            "eval/accuracy_high": high,
-            "eval/tasks": len(tasks),
-            "eval/samples": self.samples,
-            "eval/mean_reward": float(np.mean(rewards)) if rewards else None,
-            "eval/mean_length": float(np.mean(lengths)) if lengths else None,
-            "eval/max_token_hit_rate": cut / len(lengths) if lengths else None,
-            "eval/errors": errors,
-            "eval/time_s": got.sample_time_s + got.score_time_s,
+            "source": self.name,
+            "accuracy": accuracy,
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "tasks": len(tasks),
+            "samples": self.samples,
+            "mean_reward": float(np.mean(rewards)) if rewards else None,
+            "mean_length": float(np.mean(lengths)) if lengths else None,
+            "max_token_hit_rate": cut / len(lengths) if lengths else None,
+            "errors": errors,
+            "time_s": got.sample_time_s + got.score_time_s,
         }
+        whole = [m for m in marks if len(m) == self.samples]
+        known = judged and whole
+        metrics[f"mean@{self.samples}"] = float(np.mean(whole)) if known else None
         k = 1
         while k <= self.samples:
             whole = [m for m in marks if len(m) >= k]
             known = judged and whole
-            metrics[f"eval/pass@{k}"] = (
+            metrics[f"pass@{k}"] = (
                 float(np.mean([pass_at_k(len(m), sum(m), k) for m in whole])) if known else None
             )
             k *= 2
-        return metrics, got.reward_errors
+        return {f"{self.prefix}/{key}": value for key, value in metrics.items()}, got.reward_errors
+
+
+def macro_average(parts: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """Mean of independent accuracies with the 95 % interval that theirs imply.
+
+    Each is (accuracy, low, high). The distances to the limits add in squares (the method of variance estimates
+    recovery; Zou and Donner, Statistics in Medicine 2008), so limits stay in [0, 1] and no normality is assumed.
+    """
+    p, low, high = np.array(parts, dtype=np.float64).T
+    mean = float(p.mean())
+    down, up = float(np.sqrt(((p - low) ** 2).sum())), float(np.sqrt(((high - p) ** 2).sum()))
+    return mean, max(0.0, mean - down / len(p)), min(1.0, mean + up / len(p))
+
+
+@dataclass(frozen=True, slots=True)
+class Suites:
+    """Several evaluations as one: the main one, if there is one, and the suites, in one row of metrics.
+
+    Without a main one ``eval/accuracy`` is the plain mean of the suites' accuracies, whatever their sizes.
+    """
+
+    main: Evaluator | None
+    suites: tuple[Evaluator, ...]
+
+    @property
+    def _parts(self) -> tuple[Evaluator, ...]:
+        return (*((self.main,) if self.main else ()), *self.suites)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The held-out tasks of all of them."""
+        return tuple(task for part in self._parts for task in part.tasks)
+
+    @property
+    def name(self) -> str:
+        """What ``eval/accuracy`` was measured on."""
+        return self.main.name if self.main else f"mean of {', '.join(p.name for p in self.suites)}"
+
+    def run(
+        self, loop: EventLoop, environment: Environment, reward: Reward, engine: Engine,
+        *, deadline_s: float, max_error_rate: float,
+    ) -> tuple[dict[str, Any], int]:  # fmt: skip
+        """The metrics of all of them, and how many rewards failed."""
+        found: list[dict[str, Any]] = []
+        failed = 0
+        for part in self._parts:
+            metrics, errors = part.run(
+                loop, environment, reward, engine, deadline_s=deadline_s, max_error_rate=max_error_rate
+            )
+            found.append(metrics)
+            failed += errors
+        merged = {key: value for metrics in found for key, value in metrics.items()}
+        if self.main:
+            return merged, failed
+        keys = ("accuracy", "accuracy_low", "accuracy_high")
+        each = [tuple(merged[f"{part.prefix}/{key}"] for key in keys) for part in self.suites]
+        judged = all(value is not None for part in each for value in part)
+        accuracy = macro_average([(p, low, high) for p, low, high in each]) if judged else (None, None, None)
+        rewards = [merged[f"{part.prefix}/mean_reward"] for part in self.suites]
+        whole = {
+            "eval/source": self.name,
+            **dict(zip((f"eval/{key}" for key in keys), accuracy, strict=True)),
+            "eval/tasks": len(self.tasks),
+            "eval/samples": self.suites[0].samples if len({part.samples for part in self.suites}) == 1 else None,
+            "eval/mean_reward": None if None in rewards else float(np.mean(rewards)),
+            "eval/errors": sum(merged[f"{part.prefix}/errors"] for part in self.suites),
+            "eval/time_s": sum(merged[f"{part.prefix}/time_s"] for part in self.suites),
+        }
+        return {**whole, **merged}, failed

@@ -22,7 +22,7 @@ from retrain.tracking.run_log import RunLog
 from retrain.training.batch import pack
 from retrain.training.checkpoint import Checkpoints
 from retrain.training.counters import Counters
-from retrain.training.evaluate import Evaluator
+from retrain.training.evaluate import Evaluator, Suites
 from retrain.training.metrics import announce_groups, learner_metrics, rollout_metrics
 from retrain.training.optim import optim_at
 from retrain.training.rollout import EventLoop, collect_signal
@@ -49,7 +49,7 @@ class Parts:
     algorithm: Algorithm
     schedule: SepaSchedule
     sampling: Sampling
-    evaluator: Evaluator | None
+    evaluator: Evaluator | Suites | None
     checkpoints: Checkpoints
     log: RunLog
     events: EventLoop
@@ -143,7 +143,7 @@ def _step(config: Config, parts: Parts) -> None:
         "sepa_lambda": sepa_lambda,
         "sepa_gate_open": gate_open,
         "running_correct_rate": counters.running_correct_rate,
-        **rollout_metrics(got),
+        **rollout_metrics(got, getattr(parts.tasks, "labels", ()), config.reward.correct_at),
         **stats.metrics,
         **learner_metrics(batch, reports),
         "lr": optim.lr,

@@ -18,8 +18,13 @@ log = logging.getLogger("retrain.groups")
 _SHOWN_GROUPS = 2
 
 
-def rollout_metrics(got: Collected) -> dict[str, Any]:
-    """Rewards, lengths, truncation and error shares of a step; means are over valid rollouts."""
+def rollout_metrics(
+    got: Collected, labels: Sequence[str] = (), correct_at: float | None = None
+) -> dict[str, Any]:
+    """Rewards, lengths, truncation and error shares of a step; means are over valid rollouts.
+
+    ``labels`` are the sources of a mixture, each of which gets curves of its own, null in a step without it.
+    """
     pairs = [
         (r, s) for g in got.groups_P for r, s, v in zip(g.rollouts_G, g.scores_G, g.valid_G, strict=True) if v
     ]
@@ -35,6 +40,19 @@ def rollout_metrics(got: Collected) -> dict[str, Any]:
         "reward_error_rate": got.reward_errors / total,
         "rollout_error_rate": sum(r.stop == "error" for g in got.groups_P for r in g.rollouts_G) / total,
         **{f"rewards/{name}": float(np.mean(values)) for name, values in sorted(parts.items())},
+        **{key: value for label in labels for key, value in _of_source(got, label, correct_at).items()},
+    }
+
+
+def _of_source(got: Collected, label: str, correct_at: float | None) -> dict[str, Any]:
+    groups = [g for g in got.groups_P if g.task.source == label]
+    scores = [s for g in groups for s, valid in zip(g.scores_G, g.valid_G, strict=True) if valid]
+    verdicts = [correct(s, correct_at) for s in scores]
+    known = [v for v in verdicts if v is not None]
+    return {
+        f"sources/{label}/mean_reward": float(np.mean([s.reward for s in scores])) if scores else None,
+        f"sources/{label}/correct_rate": float(np.mean(known)) if known and len(known) == len(verdicts) else None,
+        f"sources/{label}/groups": len(groups),
     }
 
 
