@@ -14,56 +14,11 @@ from retrain.backends import local
 from retrain.backends.local import plan_microbatches
 from retrain.backends.loss import LossSettings, LossTokens, importance_sampling, token_weights
 from retrain.errors import ResumeError
-from retrain.types import OptimStep, TrainBatch, TrainRow
+from retrain.types import OptimStep
 
 torch.set_num_threads(1)
 
 OPTIM = OptimStep(1e-3, 0.0, 0.9, 0.95, 1e-8, 1.0)
-
-
-@pytest.fixture
-def make_backend(make_config, random_model):
-    made = []
-
-    def make(folder=None, rank=4, **sections):
-        if folder is None:
-            if not made:
-                made.append(str(random_model(scale=2.0)))
-            folder = made[0]
-        config = make_config(**sections, model={"model": folder, "lora_rank": rank})
-        backend = local.build(config, None)
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for name, p in backend.policy.adapter.items():
-                if "lora_B" in name:
-                    p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
-        return backend
-
-    return make
-
-
-def make_batch(seed=0, rows=12, temperature=0.7, vocab=250, off_policy=0.1, backend=None):
-    """Rows of mixed lengths, some with unsampled tokens in the middle, old logprobs near the policy's."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for i in range(rows):
-        prompt, total = int(rng.integers(1, 9)), int(rng.integers(12, 40))
-        ids = rng.integers(2, vocab, total).astype(np.int32)
-        sampled = np.arange(total) >= prompt
-        if i % 3 == 0:
-            sampled[prompt + 2 : prompt + 4] = False
-        old = np.full(total, np.nan, np.float32)
-        old[sampled] = -5.0
-        if backend is not None:
-            with backend.policy.mode("adapter"):
-                scored = backend.policy.sequence_logprobs(ids, temperature).numpy()
-            old[1:][sampled[1:]] = scored[sampled[1:]] + rng.normal(
-                0, off_policy, int(sampled[1:].sum())
-            ).astype(np.float32)
-        advantages = np.where(sampled, rng.normal(), 0).astype(np.float32)
-        made.append(TrainRow(ids, sampled, old, advantages))
-    tokens = sum(int(r.sampled_T.sum()) for r in made)
-    return TrainBatch(tuple(made), tokens + 17, rows + 2, 4 * 4 * 40, temperature)
 
 
 def flat_gradient(backend, batch):
@@ -110,7 +65,7 @@ def naive(backend, batch, agg):
 
 
 @pytest.mark.parametrize("agg", ["token_mean", "sequence_mean", "fixed"])
-def test_loss_and_gradient_equal_the_float64_twin(make_backend, agg):
+def test_loss_and_gradient_equal_the_float64_twin(make_backend, agg, make_batch):
     backend = make_backend(loss={"agg": agg})
     batch = make_batch(backend=backend, rows=5)
     stats, gradient = flat_gradient(backend, batch)
@@ -119,7 +74,7 @@ def test_loss_and_gradient_equal_the_float64_twin(make_backend, agg):
     assert distance(gradient, expected) < 1e-5
 
 
-def test_the_gradient_does_not_depend_on_order_microbatches_or_padding(make_backend):
+def test_the_gradient_does_not_depend_on_order_microbatches_or_padding(make_backend, make_batch):
     backend = make_backend()
     batch = make_batch(backend=backend)
     _, expected = flat_gradient(backend, batch)
@@ -131,7 +86,7 @@ def test_the_gradient_does_not_depend_on_order_microbatches_or_padding(make_back
         assert distance(gradient, expected) <= 1e-5
 
 
-def test_the_head_may_be_cut_into_any_chunks(make_backend):
+def test_the_head_may_be_cut_into_any_chunks(make_backend, make_batch):
     backend = make_backend()
     batch = make_batch(backend=backend)
     _, expected = flat_gradient(backend, batch)
@@ -140,7 +95,7 @@ def test_the_head_may_be_cut_into_any_chunks(make_backend):
     assert distance(gradient, expected) <= 1e-6
 
 
-def test_leaving_out_rows_without_signal_changes_no_gradient(make_backend):
+def test_leaving_out_rows_without_signal_changes_no_gradient(make_backend, make_batch):
     backend = make_backend()
     batch = make_batch(backend=backend)
     silent = [
@@ -152,7 +107,7 @@ def test_leaving_out_rows_without_signal_changes_no_gradient(make_backend):
     assert distance(left, kept) <= 1e-6
 
 
-def test_checkpointing_gives_the_same_gradient(make_backend):
+def test_checkpointing_gives_the_same_gradient(make_backend, make_batch):
     backend = make_backend()
     batch = make_batch(backend=backend)
     _, expected = flat_gradient(backend, batch)
@@ -180,7 +135,7 @@ def test_importance_sampling_is_reinforce_on_policy():
     torch.testing.assert_close(new.grad, -advantages)
 
 
-def test_weights_are_zero_off_the_sampled_tokens_and_sum_as_promised():
+def test_weights_are_zero_off_the_sampled_tokens_and_sum_as_promised(make_batch):
     batch = make_batch()
     for agg, total in (("token_mean", None), ("sequence_mean", 12 / 14), ("fixed", None)):
         weights = token_weights(batch, agg)
@@ -189,7 +144,7 @@ def test_weights_are_zero_off_the_sampled_tokens_and_sum_as_promised():
             assert abs(sum(w.sum() for w in weights) - total) < 1e-12
 
 
-def test_a_non_finite_update_is_skipped_and_changes_nothing(make_backend):
+def test_a_non_finite_update_is_skipped_and_changes_nothing(make_backend, make_batch):
     backend = make_backend()
     batch = make_batch(backend=backend)
     before = {n: p.detach().clone() for n, p in backend.policy.adapter.items()}
@@ -207,7 +162,7 @@ def test_a_non_finite_update_is_skipped_and_changes_nothing(make_backend):
     assert good.grad_norm is not None
 
 
-def test_the_gradient_is_clipped_to_the_norm(make_backend):
+def test_the_gradient_is_clipped_to_the_norm(make_backend, make_batch):
     backend = make_backend()
     batch = make_batch(backend=backend)
     norm = float(flat_gradient(backend, batch)[1].norm())
@@ -217,7 +172,7 @@ def test_the_gradient_is_clipped_to_the_norm(make_backend):
     assert not backend.train_step(batch, replace(OPTIM, grad_clip=norm * 100)).grad_clipped
 
 
-def test_save_and_restore_continue_the_very_same_steps(make_backend, tmp_path):
+def test_save_and_restore_continue_the_very_same_steps(make_backend, tmp_path, make_batch):
     backend = make_backend()
     batch = make_batch(backend=backend)
     backend.train_step(batch, OPTIM)
