@@ -37,8 +37,9 @@ def reasoning_gym(data: DataSettings, split: str) -> list[Task]:
     No question stands twice in a split, and none of ``train`` (of the same settings) stands in another one.
     Where a generator has fewer, so has the source, and says so. ``info["recipe"]`` (generator, config, index)
     makes the task again: ``create_dataset(generator, **config)[index]`` in a process with PYTHONHASHSEED=0.
-    ``info["metadata"]`` is the entry's own. The reference is the generator's answer, "" where it has none and
-    only its scorer can tell. DataError for unknown generators and settings, and where the package is missing.
+    ``info["entry"]`` is what it made, as far as JSON carries it (tuples are lists there). The reference is the
+    generator's answer, "" where it has none and only its scorer can tell. DataError for unknown generators and
+    settings, and where the package is missing.
     """
     names, plans = _plans(data)
     train = _generated(_request(plans, data.seed, "train", {}))
@@ -76,7 +77,7 @@ def reasoning_gym(data: DataSettings, split: str) -> list[Task]:
                 draw=0,
                 info={
                     "recipe": {"generator": name, "config": configs[name], "index": index},
-                    "metadata": entry["metadata"],
+                    "entry": {key: entry[key] for key in ("question", "answer", "metadata")},
                 },
             )
         )
