@@ -4,6 +4,9 @@ from __future__ import annotations
 
 COMMANDS = {
     "demo": ("retrain.cli.run:demo", "train the embedded model on the CPU, in a few minutes"),
+    "eval": ("retrain.cli.use:evaluate", "accuracy of a run, an adapter or a model on held-out tasks"),
+    "sample": ("retrain.cli.use:sample", "talk to a run's checkpoint, an adapter or a model"),
+    "export": ("retrain.cli.use:export", "write a run's adapter, or the whole model, for other programs"),
     "init": ("retrain.cli.create:init", "write a configuration from a template"),
     "man": ("retrain.cli.manual:man", "show the manual, or one topic of it"),
 }
@@ -21,9 +24,6 @@ LATER = (
     "report",
     "replay",
     "why",
-    "eval",
-    "sample",
-    "export",
     "squeeze",
     "backends",
     "plugins",

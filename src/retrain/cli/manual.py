@@ -28,6 +28,10 @@ def print_help(command: str = "") -> int:
         from retrain.cli import create
 
         print(create.USAGE, "\nTemplates:\n", create.listing(), sep="")
+    elif command in ("eval", "sample", "export"):
+        from retrain.cli import use
+
+        print(use.USAGE[command], end="")
     else:
         print(_read(HELP), end="")
     return 0

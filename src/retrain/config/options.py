@@ -81,10 +81,13 @@ def _kebab(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(arguments: Sequence[str], aliases: Mapping[str, str] = _NONE) -> CommandLine:
+def parse(
+    arguments: Sequence[str], aliases: Mapping[str, str] = _NONE, *, positional: str = "configuration"
+) -> CommandLine:
     """Read a run's command line; UsageError with a line for each thing that is wrong.
 
-    ``aliases`` are flags that mean another one here, such as ``--source`` for ``--eval.source``.
+    ``aliases`` are flags that mean another one here, such as ``--source`` for ``--eval.source``;
+    ``positional`` is what the one positional argument is.
     """
     result, wrong = CommandLine(), list[str]()
     rest = list(arguments)
@@ -95,7 +98,7 @@ def parse(arguments: Sequence[str], aliases: Mapping[str, str] = _NONE) -> Comma
                 result.config = word
             else:
                 wrong.append(
-                    f"unexpected argument {word!r}. Fix: one configuration; settings are --flag value."
+                    f"unexpected argument {word!r}. Fix: one {positional}; settings are --flag value."
                 )
             continue
         flag, equals, text = word.partition("=")

@@ -1,0 +1,390 @@
+"""``retrain eval``, ``retrain sample`` and ``retrain export``: what one does with a run, an adapter or a model."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from retrain.config.load import LoadedConfig
+    from retrain.opened import Answer, Talker
+    from retrain.subject import Subject
+
+USAGE = {
+    "eval": """\
+Usage: retrain eval RUN_OR_MODEL [--source S] [--flag value ...]
+
+Accuracy on held-out tasks, with a 95 % interval clustered by task. RUN_OR_MODEL is a run directory, a folder of a PEFT
+adapter, a model folder, a model id on Hugging Face, or retrain/tiny. A run's own [eval] is the default. Nothing is
+written.
+
+  --source S --path P --split S --levels L    the tasks (a run's own without --source)
+  --examples N --samples K --seed S           how many, how often each, which
+  --temperature T --max-tokens M              how they are sampled
+  --reward-type R                             what counts as correct: the run's, else math
+  --checkpoint C                              of a run: newest (default), best, or a number of steps
+  --json                                      print one JSON object
+Any other setting that an evaluation looks at has its usual flag: retrain man --topic options.
+""",
+    "sample": """\
+Usage: retrain sample RUN_OR_MODEL [--prompt TEXT] [--flag value ...]
+
+Talks to a model. Without --prompt, --task and --index: a conversation on a terminal (/reset, /quit), one prompt per
+line from a pipe. A run's system text and instruction go with the first message of a conversation.
+
+  --prompt TEXT                    one prompt
+  --task ID | --index N            a task of the run's training data, with its reference and reward
+  --n N                            answers to each prompt
+  --raw                            the text alone: no chat template, no instruction
+  --temperature T --max-tokens M --seed S
+  --checkpoint C                   of a run: newest (default), best, or a number of steps
+  --json                           one JSON object per answer
+""",
+    "export": """\
+Usage: retrain export RUN_OR_ADAPTER --output DIR [--merged] [--dtype D]
+
+Writes an adapter for PEFT, or with --merged a whole model for transformers, vLLM and others, computed in float32.
+
+  --output DIR       a new or empty folder
+  --merged           base model and adapter in one, with tokenizer and generation config
+  --dtype D          of merged weights: float32, bf16 or float16 (bf16)
+  --checkpoint C     of a run: newest (default), best, or a number of steps
+  --overwrite        replace an earlier export in DIR; other files there stay
+  --json             print one JSON object
+""",
+}
+
+_EVAL_ALIASES = {
+    f"--{name}": f"--eval.{name}"
+    for name in ("source", "path", "split", "examples", "samples", "temperature", "seed", "levels")
+}
+_SAMPLE_ALIASES = {"--split": "--data.split"}
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """The command ``eval``."""
+    own, rest = _own("eval", arguments, values=("--checkpoint",), switches=("--json",))
+    with _quiet_loading():
+        from retrain import opened
+        from retrain.tracking.run_log import to_json
+
+        target, loaded = _target("eval", rest, own, _EVAL_ALIASES, opened.EVAL_KEYS)
+
+        def show(done: int, total: int, seconds: float) -> None:
+            if seconds:
+                _show_progress(done, total, seconds)
+            else:
+                _say(f"Evaluating {target.title} on {total} tasks ...")
+
+        with _at_once_on_interrupt():
+            record = opened.evaluate(target, loaded.config, search_paths=loaded.search_paths, progress=show)
+        _end_progress()
+    print(to_json(record) if "--json" in own else _report(record))
+    return 0
+
+
+def _report(record: Mapping[str, Any]) -> str:
+    metrics, rows = record["metrics"], list[tuple[str, str]]()
+    for prefix in (key.removesuffix("/accuracy") for key in metrics if key.endswith("/accuracy")):
+        part = {k[len(prefix) + 1 :]: v for k, v in metrics.items() if k.rpartition("/")[0] == prefix}
+        rows += _rows(part, record["settings"]["reward"])
+    weights = record["weights"]
+    adapter = f", adapter {weights['adapter']}" if weights["adapter"] else ""
+    rows.append(("weights", f"base {weights['base']}{adapter}, {weights['dtype']} on {record['device']}"))
+    return "\n".join(
+        [*(f"{name:<12} {text}" for name, text in rows), *(f"note: {n}" for n in record["notes"])]
+    )
+
+
+def _rows(m: Mapping[str, Any], reward: str) -> Generator[tuple[str, str]]:
+    yield "tasks", f"{m['source']}, {m['tasks']} x {m['samples'] or 'varying'}"
+    if m["accuracy"] is None:
+        yield "accuracy", "unknown: rewards outside [0, 1] need --correct-at"
+    else:
+        interval = f"{m['accuracy_low']:.1%} to {m['accuracy_high']:.1%}"
+        yield "accuracy", f"{m['accuracy']:.1%}, 95 % interval {interval}, clustered by task"
+    for key, value in m.items():
+        if key.startswith(("mean@", "pass@")) and not key.endswith("@1") and value is not None:
+            yield key, f"{value:.1%}"
+    if m["mean_reward"] is not None:
+        yield "mean reward", f"{m['mean_reward']:.4f} ({reward})"
+    if m.get("mean_length") is not None:
+        yield "mean length", f"{m['mean_length']:.1f} tokens; {m['max_token_hit_rate']:.1%} cut at max_tokens"
+    yield "errors", str(m["errors"])
+    yield "time", f"{m['time_s']:.1f} s"
+
+
+def sample(arguments: Sequence[str]) -> int:
+    """The command ``sample``."""
+    own, rest = _own(
+        "sample",
+        arguments,
+        values=("--checkpoint", "--prompt", "--task", "--index", "--n"),
+        switches=("--json", "--raw"),
+    )
+    chosen = [flag for flag in ("--prompt", "--task", "--index") if flag in own]
+    if len(chosen) > 1:
+        raise UsageError(f"{chosen[0]} and {chosen[1]} exclude each other.", fix="give one of them.")
+    if "--raw" in own and chosen[:1] in (["--task"], ["--index"]):
+        raise UsageError(f"--raw samples a text, and {chosen[0]} a task.", fix="leave --raw out.")
+    n = _number(own.get("--n", "1"), "--n", least=1)
+    index = _number(own["--index"], "--index", least=0) if "--index" in own else None
+    with _quiet_loading():
+        import secrets
+
+        from retrain import opened
+        from retrain.config.load import Override
+
+        seeded = any(
+            flag.partition("=")[0] in ("--seed", "--training-seed", "--training.seed") for flag in rest
+        )
+        drawn = () if seeded else (Override.of("training.seed", secrets.randbelow(2**31), "--seed"),)
+        target, loaded = _target("sample", rest, own, _SAMPLE_ALIASES, opened.SAMPLE_KEYS, drawn)
+        wanted = own.get("--task", index)
+        task = None if wanted is None else opened.task_of(target, loaded.config, wanted)
+        with (
+            _at_once_on_interrupt(),
+            opened.talker(target, loaded.config, search_paths=loaded.search_paths) as talker,
+        ):
+            if task is not None:
+                messages = [{"role": m.role, "content": m.content} for m in task.messages]
+                _print(talker, {"task": task.id, "messages": messages}, talker.attempts(task, n), own)
+            elif "--prompt" in own:
+                _one(talker, own["--prompt"], n, own)
+            elif sys.stdin.isatty():
+                _converse(talker, n, own)
+            else:
+                for line in sys.stdin:
+                    if line.strip():
+                        _one(talker, line.rstrip("\r\n"), n, own)
+    return 0
+
+
+def _one(talker: Talker, prompt: str, n: int, own: Mapping[str, str]) -> None:
+    conversation = prompt if "--raw" in own else talker.opening(prompt)
+    _print(talker, {"prompt": prompt}, talker.answers(conversation, n), own)
+
+
+def _print(
+    talker: Talker, question: Mapping[str, Any], answers: Sequence[Answer], own: Mapping[str, str]
+) -> None:
+    from dataclasses import asdict
+
+    from retrain.tracking.run_log import to_json
+
+    for member, answer in enumerate(answers):
+        if "--json" in own:
+            found = {k: v for k, v in asdict(answer).items() if k != "reference" or v is not None}
+            seed = talker.config.training.seed
+            print(to_json({**talker.identity, **question, "seed": seed, "member": member, **found}))
+            continue
+        print(
+            f"--- {member + 1} of {len(answers)}" if len(answers) > 1 else "",
+            end="\n" if len(answers) > 1 else "",
+        )
+        print(answer.text)
+        cut = [f"cut after {answer.tokens} tokens"] if answer.stop == "length" else []
+        scored = [f"reference {answer.reference}"] if answer.reference is not None else []
+        if answer.reward is not None:
+            scored.append(f"reward {answer.reward:g}{' (correct)' if answer.correct else ''}")
+        failed = [f"failed: {answer.error}"] if answer.error else []
+        if cut or scored or failed:
+            print(f"[{'; '.join([*scored, *cut, *failed])}]")
+    sys.stdout.flush()
+
+
+def _converse(talker: Talker, n: int, own: Mapping[str, str]) -> None:
+    """A conversation on a terminal; the model sees all of it, and of several answers the last."""
+    from retrain.types import Message
+
+    print("/reset begins anew, /quit or Ctrl-D ends.")
+    messages: list[Message] = []
+    while True:
+        try:
+            prompt = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if prompt == "/quit":
+            return
+        if prompt == "/reset":
+            messages = []
+        elif prompt:
+            try:
+                asked = [*messages, Message("user", prompt)] if messages else talker.opening(prompt)
+                answers = talker.answers(prompt if "--raw" in own else asked, n)
+            except UsageError as error:
+                print(error)
+                continue
+            messages = [*asked, Message("assistant", answers[-1].text)]
+            _print(talker, {"prompt": prompt}, answers, own)
+
+
+def export(arguments: Sequence[str]) -> int:
+    """The command ``export``."""
+    own, rest = _own(
+        "export",
+        arguments,
+        values=("--checkpoint", "--output", "--dtype"),
+        switches=("--json", "--merged", "--overwrite"),
+    )
+    if not own.get("--output"):
+        raise UsageError("export needs --output.", fix="name a new folder: --output DIR.")
+    dtype = own.get("--dtype", "bf16" if "--merged" in own else "")
+    if dtype and "--merged" not in own:
+        raise UsageError(
+            "--dtype is that of a merged model.",
+            fix="add --merged, or leave it out.",
+        )
+    if dtype and dtype not in ("float32", "bf16", "float16"):
+        raise UsageError(f"--dtype {dtype} is unknown.", fix="use float32, bf16 or float16.")
+    with _quiet_loading():
+        from retrain import opened
+        from retrain.tracking.run_log import to_json
+
+        target, loaded = _target(
+            "export", rest, own, {}, ("model.model", "model.revision", "backend.devices")
+        )
+        with _at_once_on_interrupt():
+            record = opened.export(
+                target,
+                loaded.config,
+                Path(own["--output"]),
+                merged="--merged" in own,
+                dtype=dtype or "float32",
+                overwrite="--overwrite" in own,
+            )
+    if "--json" in own:
+        print(to_json(record))
+    else:
+        print(f"Wrote {record['output']} ({record['subject']}).\n{record['use']}")
+    return 0
+
+
+def _own(
+    command: str, arguments: Sequence[str], *, values: Sequence[str], switches: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
+    """The command's own flags with their values ("" for a switch), and the rest of the line."""
+    own: dict[str, str] = {}
+    rest: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        flag, equals, text = word.partition("=")
+        if flag in ("--overwrite", "--fork", "--plain") and flag not in switches:
+            raise UsageError(
+                f"{flag} is not an option of {command}.", fix=f"leave it out; retrain {command} --help."
+            )
+        if flag not in (*values, *switches):
+            rest.append(word)
+            # The next word may be its value, which must not be read as a flag of ours.
+            continue
+        if flag in own:
+            raise UsageError(f"{flag} is given twice.", fix="give it once.")
+        if flag in switches:
+            if equals:
+                raise UsageError(f"{flag} takes no value.", fix=f"write {flag} alone.")
+            text = ""
+        elif not equals:
+            if not words or (words[0].startswith("--") and flag != "--prompt"):
+                raise UsageError(f"{flag} needs a value.", fix=f"{flag} VALUE, or retrain {command} --help.")
+            text = words.pop(0)
+        own[flag] = text
+    return own, rest
+
+
+def _number(text: str, flag: str, *, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise UsageError(
+            f"{flag} {text} is not a whole number of at least {least}.",
+            fix=f"for example {flag} {least + 3}.",
+        )
+    return int(text)
+
+
+def _target(
+    command: str,
+    rest: Sequence[str],
+    own: Mapping[str, str],
+    aliases: Mapping[str, str],
+    acting: Sequence[str],
+    more: Sequence[Any] = (),
+) -> tuple[Subject, LoadedConfig]:
+    """What the command is pointed at, and the configuration to use it with."""
+    from retrain.cli import dotenv
+    from retrain.config.options import parse
+    from retrain.subject import configure, find
+
+    line = parse(
+        rest, aliases, positional="run or adapter" if command == "export" else "run, adapter or model"
+    )
+    if line.config is None:
+        what = (
+            "a run directory or an adapter folder"
+            if command == "export"
+            else "a run directory, an adapter folder or a model"
+        )
+        raise UsageError(
+            f"retrain {command} needs {what}.", fix=f"retrain {command} logs/train, for example."
+        )
+    with contextlib.redirect_stdout(sys.stderr):
+        dotenv.load()
+    target = find(line.config, own.get("--checkpoint", ""))
+    return target, configure(target, [*line.overrides, *more], acting, command)
+
+
+@contextmanager
+def _quiet_loading() -> Generator[None]:
+    """Warnings of the package go to stderr, so that stdout holds the result alone."""
+    log, handler = logging.getLogger("retrain"), logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    before, log.propagate = log.propagate, False
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.propagate = before
+        log.removeHandler(handler)
+
+
+@contextmanager
+def _at_once_on_interrupt() -> Generator[None]:
+    """Ctrl-C ends the process at once: nothing is half written, and a running kernel would keep exit handlers waiting."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            os.write(2, b"\nInterrupted.\n")
+        os._exit(130)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+_shown = {"at": 0.0}
+
+
+def _show_progress(done: int, total: int, seconds: float) -> None:
+    """Every second in place on a terminal, every half minute as a line elsewhere."""
+    text = f"{done} of {total} rollouts, {seconds:.0f} s"
+    if sys.stderr.isatty():
+        print(f"\r{text} ", end="", file=sys.stderr, flush=True)
+    elif seconds - _shown["at"] >= 30:
+        _shown["at"] = seconds
+        _say(text)
+
+
+def _end_progress() -> None:
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
