@@ -37,7 +37,7 @@ def test_init_never_overwrites(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--template", "experiment"], "template 'experiment' is not in this version. Fix: "),
+        (["--template", "campaign"], "template 'campaign' is not in this version. Fix: "),
         (["--template", "tinny"], "there is no template 'tinny'. Fix: did you mean tiny?"),
         (["--template"], "--template needs a name. Fix: "),
         (["--interactive"], "retrain init --interactive is not in this version. Fix: "),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 
 TEMPLATES = {
-    "default": "a full run on one GPU: Qwen3-4B on GSM8K, 500 steps",
+    "default": "a full run on one GPU: Qwen3-4B on competition mathematics, 500 steps",
     "quickstart": "a smoke test on one GPU: 20 short steps",
+    "experiment": "a long run on one GPU with every setting of SEPA written out",
+    "robust": "a starting point for real runs, to sweep from",
     "tiny": "the embedded model on the CPU, what `retrain demo` runs",
 }
 """Name and purpose of every template."""
 
-LATER = ("experiment", "campaign", "robust")
+LATER = ("campaign",)
 """Names of templates that this version does not hold."""
 
 ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
