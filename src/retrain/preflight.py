@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from retrain import plugins
 from retrain.algorithms.credit import build_schedule
+from retrain.config.own import named_plugins
 from retrain.config.schema import Config
-from retrain.errors import ConfigError, ResumeError
+from retrain.errors import ConfigError, PluginError, ResumeError
 from retrain.protocols import Renderer
 from retrain.tracking import layout
 from retrain.types import Task
@@ -126,6 +128,23 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], prefix: 
     return changed
 
 
+def check_plugins(config: Config) -> None:
+    """Import what the configuration names by dotted path or entry point, before anything slow.
+
+    PluginError for the one that cannot be used, ConfigError with a line each for several.
+    """
+    found: list[PluginError] = []
+    for kind, name in named_plugins(config):
+        try:
+            plugins.load(kind, name)
+        except PluginError as error:
+            found.append(error)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise ConfigError("the plug-ins have problems.", problems=[str(error) for error in found])
+
+
 def check_resume(before: Config, now: Config) -> None:
     """ResumeError when a setting differs that changes what a step computes."""
     changed = changed_settings(before.model_dump(), now.model_dump())
@@ -171,6 +190,7 @@ def inexact_because(
     reasons: list[str] = list(before.get("inexact", ()))
     names = {
         "reward_code": "the reward's code",
+        "planning": "what the planning detector compares with",
         "plugins": "a plug-in's code",
 
         "machine": "the processor",

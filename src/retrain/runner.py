@@ -70,6 +70,7 @@ def execute(
     config = _anchored(config, loaded.path)
     config = _with(config, "plugins", search_paths=tuple(str(p.resolve()) for p in loaded.search_paths))
     plugins.add_search_paths(loaded.search_paths)
+    preflight.check_plugins(config)
     if config.backend.adapter_path:
         preflight.check_writable(Path(config.backend.adapter_path), "backend.adapter_path")
     with _locked(place.directory), _logging(place.directory, debug=debug):

@@ -305,7 +305,7 @@ def _arrays(given: Any, who: str, n: int, of: str) -> list[Any]:
 
 def _called(kind: str, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a piece; RunError names a plug-in that raises, what a built-in raises is a bug and passes."""
-    if not plugins.is_dotted(name):
+    if not plugins.is_own(kind, name):
         return function(*arguments)
     try:
         return function(*arguments)

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterator
 
-from retrain.config import names
+from retrain.config import names, own
 from retrain.config.fields import literal
 from retrain.config.idle import findings, get, path_of, stated
 from retrain.config.problems import Problem, dotted
@@ -70,7 +70,7 @@ def _name(config: Config, key: str, kind: str, value: str, index: int | None = N
             f"write {use}." if built else "leave it out.",
             later=True,
         )
-    elif ("." in value or ":" in value) and kind in names.OPEN:
+    elif kind in names.OPEN and ("." in value or ":" in value or value in own.installed(kind)):
         return
     elif "." in value or ":" in value:
         yield Problem(

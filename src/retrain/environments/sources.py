@@ -63,7 +63,7 @@ def load_tasks(data: DataSettings, split: str, max_examples: int = 0) -> list[Ta
     DataError for missing or malformed data; PluginError when a plug-in source returns something else than
     tasks with unique ids.
     """
-    tasks = cast("object", plugins.load("source", data.source)(data, split))
+    tasks = cast("object", plugins.make("source", data.source, data, split))
     items = cast("list[object]", tasks) if isinstance(tasks, list) else None
     if items is None or not all(isinstance(task, Task) for task in items):
         raise PluginError(

@@ -17,6 +17,7 @@ from retrain.errors import ConfigError, PluginError
 from retrain.protocols import Renderer, Reward
 from retrain.rewards import custom
 from retrain.rewards.checks import CHECKS
+from retrain.rewards.own import make_reward
 from retrain.types import Rollout, Score, Task
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def _make(table: tables.PartTable, config: Config, renderer: Renderer, where: st
             fix=(f"did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known)}.",
         )
     try:
-        return plugins.load("reward", kind)(config, renderer)
+        return make_reward(kind, config, renderer)
     except PluginError as error:
         raise PluginError(f"{where}: {error.message}", fix=error.fix) from error
     except ConfigError as error:

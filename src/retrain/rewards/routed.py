@@ -14,6 +14,7 @@ from retrain.errors import ConfigError
 from retrain.protocols import Renderer, Reward
 from retrain.rewards.checks import cache_tokens, soft_punishment
 from retrain.rewards.composite import Bounds, bounds_of, close, digest_of, first_traceback
+from retrain.rewards.own import make_reward
 from retrain.types import Rollout, Score, Task
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def build(config: Config, renderer: Renderer) -> Reward:
         built: dict[str, Reward] = {}
         for name in (config.reward.type, *names.values()):
             if name not in built:
-                built[name] = plugins.load("reward", name)(config, renderer)
+                built[name] = make_reward(name, config, renderer)
                 made.callback(close, built[name])
         reward = built[config.reward.type]
         if names:

@@ -134,7 +134,8 @@ def _step(config: Config, parts: Parts) -> None:
         counters.correct_sum += stats.observed.correct_rate
         counters.correct_steps += 1
     metrics = {
-        "condition": f"{config.algorithm.advantage_mode}+{config.algorithm.transform_mode}",
+        "condition": config.algorithm.algorithm_mode
+        or f"{config.algorithm.advantage_mode}+{config.algorithm.transform_mode}",
         "advantage_mode": config.algorithm.advantage_mode,
         "transform_mode": config.algorithm.transform_mode,
         "uncertainty_kind": config.algorithm.uncertainty_kind,
