@@ -30,7 +30,11 @@ def score_all():
     """Scores texts or rollouts of one task: ``(reward, reference, *texts) -> scores``."""
 
     def score(
-        reward: Any, reference: str, *texts: str | Rollout, source: str = "t", info: Mapping[str, Any] | None = None
+        reward: Any,
+        reference: str,
+        *texts: str | Rollout,
+        source: str = "t",
+        info: Mapping[str, Any] | None = None,
     ) -> list[Score]:
         task = Task("t/0", (Message("user", "q"),), reference, source, 0, info or {})
         rollouts = [_rollout(t) if isinstance(t, str) else t for t in texts]

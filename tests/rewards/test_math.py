@@ -277,8 +277,12 @@ def test_a_parser_without_memory_is_undecided_and_one_without_stack_reads_nothin
 
 def test_a_missing_package_is_one_line(make_config, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "math_verify" else find(n, *a))
-    with pytest.raises(ConfigError, match=r'math-verify.*not installed.*pip install "retrain\[local\]"') as caught:
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: None if n == "math_verify" else find(n, *a)
+    )
+    with pytest.raises(
+        ConfigError, match=r'math-verify.*not installed.*pip install "retrain\[local\]"'
+    ) as caught:
         math_reward.build(make_config(reward={"type": "math"}), None)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
@@ -341,7 +345,7 @@ def test_references_of_math_pass_without_and_with_the_shortcut(shared, score_all
     passed = [score_all(reward, r, f"\\boxed{{{r}}}")[0].passed for r in references]
     assert [r for r, ok in zip(references, passed, strict=True) if not ok] == ["", ""]
     # A sample through math_verify itself; scripts/reward_check.py runs all of them.
-    sample = [r for r in references if r][::40] + [r"05\!:\!00"]
+    sample = [*[r for r in references if r][::40], r"05\!:\!00"]
     assert len(sample) > 180
     assert [r for r in sample if math_child.score(r, r, STAGE) is not True] == []
 

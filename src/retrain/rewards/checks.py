@@ -12,8 +12,8 @@ import functools
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from retrain.errors import ConfigError
 from retrain.rewards.calling import summary
@@ -213,11 +213,6 @@ def json_schema(part: PartTable, config: Config, where: str) -> Check:
     # The package searches by ``re``, which no deadline can cut.
     timeout_s = min(_REGEX_S, config.reward.timeout_s)
     search = _package("regex", where)
-    for text in _patterns(schema):
-        try:
-            search.compile(text)
-        except (search.error, OverflowError, RecursionError) as error:
-            _refuse(f"{where}: the schema's pattern {text!r} is none: {_line(error)}.", "correct it.")
 
     def pattern(_: Any, wanted: str, instance: Any, __: Any) -> Any:
         if isinstance(instance, str) and not _search(search.compile(wanted), timeout_s, instance):
@@ -233,19 +228,6 @@ def json_schema(part: PartTable, config: Config, where: str) -> Check:
         return bool(validator.is_valid(found))
 
     return Check(value, threaded=True)
-
-
-def _patterns(schema: object) -> Iterator[str]:
-    inner: Iterable[object] = ()
-    if isinstance(schema, Mapping):
-        found = cast("Mapping[str, object]", schema)
-        if isinstance(text := found.get("pattern"), str):
-            yield text
-        inner = found.values()
-    elif isinstance(schema, list):
-        inner = cast("list[object]", schema)
-    for value in inner:
-        yield from _patterns(value)
 
 
 def _json_text(text: str) -> str:

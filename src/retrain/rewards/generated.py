@@ -94,7 +94,13 @@ def build(config: Config, renderer: Renderer) -> Generated:
             'reward.type = "reasoning_gym" needs the package reasoning-gym, which is not installed.',
             fix='pip install "retrain[tasks]".',
         )
-    sandbox = Sandbox("retrain.rewards.generated_child", "score", timeout_s=config.reward.timeout_s)
+    sandbox = Sandbox(
+        "retrain.rewards.generated_child",
+        "score",
+        timeout_s=config.reward.timeout_s,
+        # Some generators iterate over sets: the source makes its tasks with this hash seed.
+        environment={"PYTHONHASHSEED": "0"},
+    )
     try:
         sandbox.check()
         return Generated(sandbox)

@@ -27,8 +27,8 @@ def _made(generator: str, config: str, index: int) -> Any:
 def _entry(info: Mapping[str, Any], reference: str, generator: str, config: str) -> Any:
     """The task's entry, made again; where that is another one, the one that the task carries.
 
-    A few generators draw from sets, whose order differs between processes. And not every entry survives JSON
-    (tuples become lists), so the one made here comes first.
+    A few generators draw from sets, whose order follows the hash seed. And not every entry survives JSON (tuples
+    become lists), so the one made here comes first.
     """
     made = _made(generator, config, int(info["recipe"]["index"]))
     if made["answer"] is None or str(made["answer"]).strip() == reference.strip():
@@ -36,7 +36,7 @@ def _entry(info: Mapping[str, Any], reference: str, generator: str, config: str)
     if isinstance(info.get("entry"), Mapping):
         return info["entry"]
     raise RuntimeError(
-        f"{generator} made another task here than in the run (set PYTHONHASHSEED=0): its answer is "
+        f"{generator} made another task here than in the run (with PYTHONHASHSEED=0): its answer is "
         f"{str(made['answer'])[:80]!r}, not {reference[:80]!r}"
     )
 
@@ -51,11 +51,14 @@ def score(response: str, reference: str, info: Mapping[str, Any]) -> float:
     generator, config = str(recipe["generator"]), json.dumps(recipe["config"], sort_keys=True)
     entry = _entry(info, reference, generator, config)
     dataset = _dataset(generator, config)
+    answer = entry["answer"]
+    if answer is not None and response.strip() == str(answer).strip():
+        response = answer  # outer spaces may count for the generator, and never reach this place
     try:
         value = float(dataset.score_answer(answer=response, entry=entry))
     except _TEXTUAL:
-        if entry["answer"] is not None:
-            dataset.score_answer(answer=entry["answer"], entry=entry)
+        if answer is not None:
+            dataset.score_answer(answer=answer, entry=entry)
         return 0.0
     if not 0.0 <= value <= 1.0:
         raise RuntimeError(f"{generator} scored {value}, which is outside [0, 1]")

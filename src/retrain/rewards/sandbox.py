@@ -219,17 +219,25 @@ class Sandbox:
     """Up to ``workers`` children (0 = as many as cores, at most 4) that each run one call at a time.
 
     Children start when first needed. A child may hold its share of 80 % of the memory, and at most
-    ``memory_bytes`` where that is not 0. It belongs to no event loop, and ``close`` may come from any thread.
+    ``memory_bytes`` where that is not 0. ``environment`` adds to the variables it gets. The sandbox belongs to no event loop, and ``close`` may come from any thread.
     """
 
     def __init__(
-        self, module: str, function: str, *, timeout_s: float, workers: int = 0, memory_bytes: int = 0
+        self,
+        module: str,
+        function: str,
+        *,
+        timeout_s: float,
+        workers: int = 0,
+        memory_bytes: int = 0,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._module = module
         self._function = function
         self._timeout_s = timeout_s
         self._workers = workers or max(1, min(4, _cores()))
         self._most_memory = memory_bytes
+        self._environment = dict(environment or {})
         self._pool = _Pool()
         # Linux ends a child with the thread that started it, so these threads start them and live as long.
         self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="retrain-reward")
@@ -300,7 +308,7 @@ class Sandbox:
                 raise _Lost("the run ended", "")
             if self._pool.idle:
                 return self._pool.idle.pop()
-        child = _Child(_environment())
+        child = _Child(_environment() | self._environment)
         with self._pool.lock:
             self._pool.live.add(child)
             ended = self._pool.closed
