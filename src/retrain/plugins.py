@@ -80,9 +80,9 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "sink": {
         "console": "retrain.sinks:ConsoleSink",
-        "wandb": "retrain.sinks:WandbSink",
-        "trackio": "retrain.sinks:TrackioSink",
-        "tensorboard": "retrain.sinks:TensorboardSink",
+        "wandb": "retrain.trackers:WandbSink",
+        "trackio": "retrain.trackers:TrackioSink",
+        "tensorboard": "retrain.trackers:TensorboardSink",
     },
 }
 

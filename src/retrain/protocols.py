@@ -162,7 +162,12 @@ class TaskSource(Protocol):
 
 @runtime_checkable
 class Sink(Protocol):
-    """Receives metrics. A failure at construction stops the run, a later one only warns."""
+    """Receives metrics; made as ``factory(config, run_dir)``. A failure at construction stops the run, a later one
+    only warns.
+
+    Called before ``log`` of the same step if it is there: ``generations(step, rows)`` with that step's rows of
+    generations.jsonl; at the end ``ended(status)`` with done, interrupted or failed.
+    """
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record one step's metrics."""

@@ -126,6 +126,11 @@ def looks_secret(text: str) -> bool:
     return _SECRET_VALUE.search(text) is not None
 
 
+def names_secret(name: str, value: Any) -> bool:
+    """True for a text that its key's name or its own look says is a secret."""
+    return isinstance(value, str) and bool(value) and (bool(_SECRET_KEY.search(name)) or looks_secret(value))
+
+
 def unknown_and_secret(raw: Mapping[str, Any]) -> list[Problem]:
     """Keys that are not settings, sections that are not tables, and secrets at any depth."""
     found: list[Problem] = []

@@ -17,6 +17,9 @@ CHECKPOINTS = "checkpoints"
 TRAINER_STATE = "trainer_state.json"
 ADAPTER = "adapter"
 EVENTS = "events.log"
+TRACKER_FILES = "trackers"
+TRACKERS = f"{TRACKER_FILES}/trackers.json"
+"""What each experiment tracker holds of the run."""
 LOCK = ".lock"
 
 MANIFEST = "manifest.json"
@@ -67,3 +70,25 @@ def clear(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, ROLLOUTS, ADAPTER, Path(STEPS).parent.name):
         shutil.rmtree(directory / name, ignore_errors=True)
+
+
+_ASIDE = f".{TRACKER_FILES}-replaced"
+
+
+def set_trackers_aside(directory: Path) -> None:
+    """Make room for a new run's trackers; what stays of the old ones is decided by one of the two below."""
+    # A folder of that name which no tracker of ours has written is the user's.
+    if (directory / TRACKERS).is_file():
+        (directory / TRACKER_FILES).rename(directory / _ASIDE)
+
+
+def put_trackers_back(directory: Path) -> None:
+    """Undo ``set_trackers_aside`` where the new run never came to be; does nothing after ``forget_trackers``."""
+    if (directory / _ASIDE).exists():
+        shutil.rmtree(directory / TRACKER_FILES, ignore_errors=True)
+        (directory / _ASIDE).rename(directory / TRACKER_FILES)
+
+
+def forget_trackers(directory: Path) -> None:
+    """Remove what ``set_trackers_aside`` moved away: the new run stands."""
+    shutil.rmtree(directory / _ASIDE, ignore_errors=True)

@@ -19,7 +19,7 @@ import numpy as np
 from retrain.errors import ResumeError
 from retrain.protocols import Renderer, Sink, State
 from retrain.tracking import layout
-from retrain.types import CreditedGroup
+from retrain.types import CreditedGroup, FloatArray, Rollout
 
 log = logging.getLogger("retrain")
 
@@ -84,14 +84,18 @@ class RunLog:
             self._facts["step"] = step
         facts = {**self._facts, "status": status, "pid": os.getpid(), "heartbeat": time.time()}
         write_atomically(self.directory / layout.RUN, json.dumps(facts, indent=2) + "\n", durable=False)
+        if status != "running":
+            self._tell("ended", status)
 
     def step(self, step: int, metrics: Mapping[str, Any], groups_P: Sequence[CreditedGroup]) -> None:
         """Record one training step everywhere and beat the heart."""
         self._append(layout.METRICS, {"step": step, **metrics})
         self._append(layout.STEPS, {"step": step, "tasks": [_task_record(g) for g in groups_P]})
-        self._write_generations(step, groups_P)
+        shown = self._write_generations(step, groups_P, str(metrics.get("uncertainty_kind", "")))
         if self._rollouts:
             _write_rollouts(self.directory / layout.rollout_file(step), groups_P)
+        if shown:
+            self._tell("generations", step, shown)
         self._to_sinks(step, metrics)
         self.status("running", step=step + 1)
 
@@ -102,9 +106,14 @@ class RunLog:
 
     def _to_sinks(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.latest |= metrics
+        self._tell("log", step, metrics)
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        """Call a method of every sink that has it; one that fails is off from then on."""
         for sink in list(self._sinks):
             try:
-                sink.log(step, metrics)
+                if method == "log" or hasattr(sink, method):
+                    getattr(sink, method)(*arguments)
             except Exception as error:  # noqa: BLE001 - a tracker that fails late must not end a training run
                 log.warning("%s failed and is off for the rest of the run: %s", type(sink).__name__, error)
                 self._sinks.remove(sink)
@@ -113,40 +122,55 @@ class RunLog:
         self._files[name].write(to_json(record).encode() + b"\n")
         self._files[name].flush()
 
-    def _write_generations(self, step: int, groups_P: Sequence[CreditedGroup]) -> None:
-        left = self._generations
-        for group in groups_P:
+    def _write_generations(
+        self, step: int, groups_P: Sequence[CreditedGroup], uncertainty_kind: str
+    ) -> list[dict[str, Any]]:
+        """Write the first rollouts of a step as text, with the credit of every sampled token; returns the rows."""
+        members = [(group, i) for group in groups_P for i in range(len(group.scored.rollouts_G))]
+        rows: list[dict[str, Any]] = []
+        for group, i in members[: self._generations]:
             scored = group.scored
-            for i, (rollout, score) in enumerate(zip(scored.rollouts_G, scored.scores_G, strict=True)):
-                if left <= 0:
-                    return
-                left -= 1
-                prompt = (
-                    rollout.token_ids_T[: int(np.argmax(rollout.sampled_T))]
-                    if rollout.sampled_T.any()
-                    else rollout.token_ids_T
-                )
-                advantages = group.advantages_G_T[i][rollout.sampled_T]
-                self._append(
-                    layout.GENERATIONS,
-                    {
-                        "step": step,
-                        "task": scored.task.id,
-                        "member": rollout.member,
-                        "prompt": self._renderer.decode(prompt),
-                        "completion": rollout.text,
-                        "reference": scored.task.reference,
-                        "reward": score.reward,
-                        "parts": dict(score.parts),
-                        "stop": rollout.stop,
-                        "error": rollout.error or score.error,
-                        "tokens": rollout.num_sampled,
-                        "planning_tokens": int(group.planning_G_T[i].sum()),
-                        "advantage_mean": float(advantages.mean()) if len(advantages) else 0.0,
-                        "skipped": group.skipped,
-                        "weights_version": rollout.weights_version,
+            rollout, score = scored.rollouts_G[i], scored.scores_G[i]
+            first = int(np.argmax(rollout.sampled_T)) if rollout.sampled_T.any() else len(rollout.token_ids_T)
+            advantages = group.advantages_G_T[i][rollout.sampled_T]
+            rows.append(
+                {
+                    "step": step,
+                    "task": scored.task.id,
+                    "member": rollout.member,
+                    "prompt": self._renderer.decode(rollout.token_ids_T[:first]),
+                    "completion": rollout.text,
+                    "reference": scored.task.reference,
+                    "reward": score.reward,
+                    "parts": dict(score.parts),
+                    "stop": rollout.stop,
+                    "error": rollout.error or score.error,
+                    "tokens": rollout.num_sampled,
+                    "planning_tokens": int(group.planning_G_T[i].sum()),
+                    "advantage_mean": float(advantages.mean()) if len(advantages) else 0.0,
+                    "skipped": group.skipped,
+                    "weights_version": rollout.weights_version,
+                    "credit": {
+                        "uncertainty_kind": uncertainty_kind,
+                        "texts": self._texts(rollout),
+                        "advantages": _rounded(advantages),
+                        "uncertainty": _rounded(group.uncertainty_G_T[i][rollout.sampled_T]),
+                        "planning": group.planning_G_T[i][rollout.sampled_T].astype(int).tolist(),
+                        "logprobs": _rounded(rollout.logprobs_T[rollout.sampled_T]),
                     },
-                )
+                }
+            )
+            self._append(layout.GENERATIONS, rows[-1])
+        return rows
+
+    def _texts(self, rollout: Rollout) -> list[str]:
+        """What each sampled token reads as; each unbroken run of them is decoded by itself, as for planning."""
+        texts: list[str] = []
+        edges = np.flatnonzero(np.diff(rollout.sampled_T, prepend=False, append=False))
+        for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+            text, offsets = self._renderer.offsets(rollout.token_ids_T[start:end])
+            texts += [text[a:b] for a, b in offsets]
+        return texts
 
     def sync(self) -> None:
         """Wait until every stream is on disk: a checkpoint must not know more than the files hold."""
@@ -190,6 +214,11 @@ class RunLog:
             except Exception as error:  # noqa: BLE001 - as in _to_sinks
                 log.warning("%s failed to close: %s", type(sink).__name__, error)
         self._sinks = []
+
+
+def _rounded(values: FloatArray) -> list[float]:
+    """Six significant digits: what a reader of single tokens needs, in half the bytes."""
+    return [float(f"{value:.6g}") for value in values.tolist()]
 
 
 def _task_record(group: CreditedGroup) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from retrain import __version__, plugins
 from retrain.algorithms import credit
+from retrain.config.own import named_plugins
 from retrain.config.schema import Config
 from retrain.config.tables import suites
 from retrain.environments.mixture import table_tasks, training_tasks
@@ -178,6 +179,7 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
         log.info("Loaded %d examples", len(tasks))
         held_out = evaluator(config, renderer)
         check(renderer, tasks, held_out.tasks if held_out else ())
+        trackers = _start_trackers(config, run_dir, stack)
         events = EventLoop()
         stack.callback(events.close)
         reward = plugins.load("reward", "routed")(config, renderer)
@@ -193,9 +195,11 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
         if clear:
             # Only now, when everything could be made: a mistake must not cost the run that stands here.
             layout.clear(run_dir)
+        layout.forget_trackers(run_dir)
         log.info("Ready (backend=%s, engine=%s).", config.backend.backend, config.inference.engine)
         sinks: list[Sink] = [
-            plugins.load("sink", "console")(total_steps=config.training.max_steps, plain=plain)
+            plugins.load("sink", "console")(total_steps=config.training.max_steps, plain=plain),
+            *trackers,
         ]
         run_log = RunLog(
             run_dir, renderer, sinks, generations=config.logging.generations, rollouts=config.logging.rollouts
@@ -219,6 +223,8 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
                 "tokenizer": renderer.fingerprint,
                 "eval_tasks": digest_of(held_out.tasks) if held_out else "",
                 "reward_code": getattr(reward, "code_digest", ""),
+                "plugins": ", ".join(map(" ".join, plugins.digests(named_plugins(config)).items())),
+                "planning": getattr(algorithm.detector, "fingerprint", ""),
                 **backend.facts(),
             },
         )
@@ -233,6 +239,20 @@ def _check_bounds(config: Config, bounds: tuple[float, float] | None) -> None:
             f"[{bounds[0]:g}, {bounds[1]:g}].",
             fix='write advantage_mode = "grpo", or change the weights of reward.parts.',
         )
+
+
+def _start_trackers(config: Config, run_dir: Path, stack: contextlib.ExitStack) -> list[Sink]:
+    """Start every tracker before a model loads; those of a run that is replaced come back if this one fails."""
+    layout.put_trackers_back(run_dir)
+    if not config.resume.from_:
+        layout.set_trackers_aside(run_dir)
+    stack.callback(layout.put_trackers_back, run_dir)
+    wanted = [*config.logging.trackers, *(["wandb"] if config.logging.wandb_project else [])]
+    started: list[Sink] = []
+    for name in dict.fromkeys(wanted):
+        started.append(plugins.make("sink", name, config, run_dir))
+        _close_with(stack, started[-1])
+    return started
 
 
 def _close_with(stack: contextlib.ExitStack, part: Any) -> None:
