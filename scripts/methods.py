@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "methods" / "trained.md"
 SEEDS = (1, 2, 3)
-STEPS = 30
+STEPS = 20
 PLAIN = ("--advantage-mode", "grpo", "--transform-mode", "none")
 TWICE = (*PLAIN, "--updates-per-batch", "2")
 
