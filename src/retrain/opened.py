@@ -19,7 +19,6 @@ from typing import Any
 
 from retrain import plugins, preflight
 from retrain.algorithms.credit import correct
-from retrain.config.names import TINY_MODEL
 from retrain.config.schema import Config
 from retrain.environments.arithmetic import TINY_INSTRUCTION
 from retrain.environments.mixture import training_tasks
@@ -35,7 +34,7 @@ from retrain.types import Completion, IntArray, Message, NoiseKey, SharedWeights
 
 Progress = Callable[[int, int, float], None]
 """Called about once a second with ended rollouts, all rollouts, and the seconds since sampling began; once before that,
-when all but the model is loaded, with 0, the number of tasks, and 0."""
+when everything is loaded, with 0, the number of tasks, and 0."""
 
 EVAL_KEYS = (
     "eval.source", "eval.path", "eval.split", "eval.levels", "eval.examples", "eval.samples", "eval.temperature", "eval.seed",
@@ -185,8 +184,8 @@ def evaluate(
         stack.callback(events.close)
         reward = _reward(config, renderer, stack)
         environment = plugins.load("environment", "single_turn")(config, renderer)
-        progress(0, len(held_out.tasks), 0.0)
         model = stack.enter_context(_model(subject, config, renderer))
+        progress(0, len(held_out.tasks), 0.0)
         with _watched(model.engine, progress):
             metrics, _ = held_out.run(
                 events, environment, reward, model.engine,
@@ -464,14 +463,12 @@ def export(
         raise RunError(
             f"{output} cannot be written: {error.strerror or error}.", fix="make room, and export again."
         ) from error
-    base = config.model.model
+    base = model_path(config.model.model)
     use = (
         f'Load it: AutoModelForCausalLM.from_pretrained("{output}", dtype="auto") in transformers, or: vllm serve {output}'
         if merged
         else f'Load it: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{output}")'
     )
-    if not merged and base == TINY_MODEL:
-        use = f'Load it: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model_path(base)}"), "{output}")'
     return {
         "output": str(output), "subject": subject.title, "step": subject.step, "model": base, "merged": merged,
         "dtype": dtype if merged else None, "files": files, "use": use,

@@ -32,6 +32,9 @@ def test_help_of_commands_and_version(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--template NAME" in capsys.readouterr().out
     assert main(["man", "-h"]) == 0
     assert "--topic NAME" in capsys.readouterr().out
+    for command in ("eval", "sample", "export"):
+        assert main([command, "--help"]) == 0
+        assert capsys.readouterr().out.startswith(f"Usage: retrain {command} RUN_OR_")
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"retrain {__version__}\n"
 

@@ -55,7 +55,7 @@ Writes an adapter for PEFT, or with --merged a whole model for transformers, vLL
 
   --output DIR       a new or empty folder
   --merged           base model and adapter in one, with tokenizer and generation config
-  --dtype D          of merged weights: float32, bf16 or float16 (bf16)
+  --dtype D          of merged weights: auto (the model's own), float32, bf16 or float16
   --checkpoint C     of a run: newest (default), best, or a number of steps
   --overwrite        replace an earlier export in DIR; other files there stay
   --json             print one JSON object
@@ -66,6 +66,9 @@ _EVAL_ALIASES = {
     f"--{name}": f"--eval.{name}"
     for name in ("source", "path", "split", "examples", "samples", "temperature", "seed", "levels")
 }
+_DTYPES = {
+    "auto": "auto", "float32": "fp32", "fp32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "float16": "fp16", "fp16": "fp16"
+}  # fmt: skip
 _SAMPLE_ALIASES = {"--split": "--data.split"}
 
 
@@ -82,11 +85,11 @@ def evaluate(arguments: Sequence[str]) -> int:
             if seconds:
                 _show_progress(done, total, seconds)
             else:
-                _say(f"Evaluating {target.title} on {total} tasks ...")
+                _say(f"{_CLEAR}Evaluating {target.title} on {total} tasks ...")
 
-        with _at_once_on_interrupt():
+        _show("loading ...")
+        with _at_once_on_interrupt(), _line_cleared():
             record = opened.evaluate(target, loaded.config, search_paths=loaded.search_paths, progress=show)
-        _end_progress()
     print(to_json(record) if "--json" in own else _report(record))
     return 0
 
@@ -238,14 +241,11 @@ def export(arguments: Sequence[str]) -> int:
     )
     if not own.get("--output"):
         raise UsageError("export needs --output.", fix="name a new folder: --output DIR.")
-    dtype = own.get("--dtype", "bf16" if "--merged" in own else "")
-    if dtype and "--merged" not in own:
-        raise UsageError(
-            "--dtype is that of a merged model.",
-            fix="add --merged, or leave it out.",
-        )
-    if dtype and dtype not in ("float32", "bf16", "float16"):
-        raise UsageError(f"--dtype {dtype} is unknown.", fix="use float32, bf16 or float16.")
+    dtype = own.get("--dtype", "auto")
+    if "--dtype" in own and "--merged" not in own:
+        raise UsageError("--dtype is that of a merged model.", fix="add --merged, or leave it out.")
+    if dtype not in _DTYPES:
+        raise UsageError(f"--dtype {dtype} is unknown.", fix="use auto, float32, bf16 or float16.")
     with _quiet_loading():
         from retrain import opened
         from retrain.tracking.run_log import to_json
@@ -259,7 +259,7 @@ def export(arguments: Sequence[str]) -> int:
                 loaded.config,
                 Path(own["--output"]),
                 merged="--merged" in own,
-                dtype=dtype or "float32",
+                dtype=_DTYPES[dtype],
                 overwrite="--overwrite" in own,
             )
     if "--json" in own:
@@ -369,22 +369,32 @@ def _at_once_on_interrupt() -> Generator[None]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(text if sys.stderr.isatty() else text.removeprefix(_CLEAR), file=sys.stderr, flush=True)
 
 
+_CLEAR = "\r\033[K"
 _shown = {"at": 0.0}
+
+
+def _show(text: str) -> None:
+    """A line that the next one replaces, on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"{_CLEAR}{text} ", end="", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _line_cleared() -> Generator[None]:
+    try:
+        yield
+    finally:
+        if sys.stderr.isatty():
+            print(_CLEAR, end="", file=sys.stderr, flush=True)
 
 
 def _show_progress(done: int, total: int, seconds: float) -> None:
     """Every second in place on a terminal, every half minute as a line elsewhere."""
     text = f"{done} of {total} rollouts, {seconds:.0f} s"
-    if sys.stderr.isatty():
-        print(f"\r{text} ", end="", file=sys.stderr, flush=True)
-    elif seconds - _shown["at"] >= 30:
+    _show(text)
+    if not sys.stderr.isatty() and seconds - _shown["at"] >= 30:
         _shown["at"] = seconds
         _say(text)
-
-
-def _end_progress() -> None:
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
