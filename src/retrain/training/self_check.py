@@ -1,0 +1,106 @@
+"""Does the reward accept the data's own answers? Every task's reference, written as a response, scored by the reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from retrain.protocols import Reward
+from retrain.types import Rollout, Task
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A task whose own reference was not accepted: the best reward it got, or the ``error`` of the reward."""
+
+    task_id: str
+    reference: str
+    reward: float | None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How the reward judges the references: every task is accepted, refused, failed or without a reference."""
+
+    tasks: int
+    accepted: int
+    without_reference: int
+    refused: tuple[Finding, ...]
+    failed: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when every reference was accepted."""
+        return not self.refused and not self.failed
+
+    def lines(self) -> list[str]:
+        """The report in plain sentences, the first few findings by name."""
+        judged = self.tasks - self.without_reference
+        found = [f"The reward accepts {self.accepted} of {judged} references."]
+        if self.without_reference:
+            found.append(
+                f"{self.without_reference} tasks have no reference: only their own scorer can judge them."
+            )
+        for what, findings in (("refused", self.refused), ("could not be scored", self.failed)):
+            for finding in findings[:_SHOWN]:
+                why = finding.error.strip().rpartition("\n")[2] or f"reward {finding.reward:g}"
+                found.append(f"{what}: {finding.task_id} with {finding.reference[:60]!r} ({why}).")
+            if len(findings) > _SHOWN:
+                found.append(f"{what}: {len(findings) - _SHOWN} more.")
+        return found
+
+
+def responses(task: Task, reward_type: str) -> list[str]:
+    """The forms in which a perfect response could state the task's reference; one of them must be accepted.
+
+    A box for the built-in rewards, ``<answer>`` tags for a task that a generator made (a grid of braces would end
+    a box early), the bare text as well for a reward of one's own, which may read anything.
+    """
+    boxed, tagged = f"\\boxed{{{task.reference}}}", f"<answer>{task.reference}</answer>"
+    if "recipe" in task.info and reward_type not in ("match", "math"):
+        return [tagged, boxed]
+    return [boxed] if reward_type in ("match", "math") else [task.reference, boxed, tagged]
+
+
+async def check_references(
+    tasks: Sequence[Task], reward: Reward, reward_type: str, *, threshold: float = 0.5
+) -> Report:
+    """Score every task's own reference. A reference is accepted when one of its forms passes, or is worth more than
+    ``threshold`` where the reward gives a number only."""
+    accepted = without = 0
+    refused: list[Finding] = []
+    failed: list[Finding] = []
+    for task in tasks:
+        if not task.reference.strip():
+            without += 1
+            continue
+        texts = responses(task, reward_type)
+        scores = await reward.score(task, [_rollout(task, i, text) for i, text in enumerate(texts)])
+        good = [s for s in scores if not s.error]
+        if any(s.passed if s.passed is not None else s.reward > threshold for s in good):
+            accepted += 1
+        elif good:
+            refused.append(Finding(task.id, task.reference, max(s.reward for s in good)))
+        else:
+            failed.append(Finding(task.id, task.reference, None, scores[0].error))
+    return Report(len(tasks), accepted, without, tuple(refused), tuple(failed))
+
+
+def _rollout(task: Task, member: int, text: str) -> Rollout:
+    """A finished rollout that says ``text``: one prompt token and one sampled one, because rewards read the text."""
+    return Rollout(
+        task_id=task.id,
+        member=member,
+        token_ids_T=np.zeros(2, dtype=np.int32),
+        sampled_T=np.array([False, True]),
+        logprobs_T=np.array([np.nan, 0.0], dtype=np.float32),
+        entropies_T=None,
+        text=text,
+        stop="stop",
+        weights_version=0,
+    )
