@@ -39,7 +39,7 @@ def in_the_repository_root(monkeypatch):
 
 
 def test_there_is_a_readme_beside_every_configuration():
-    assert {p.parent.name for p in CONFIGS} == {"custom-reward", "jsonl", "tiny"}
+    assert {p.parent.name for p in CONFIGS} == {"composite-reward", "custom-reward", "jsonl", "tiny"}
     assert all((p.parent / "README.md").is_file() for p in CONFIGS)
 
 
@@ -97,6 +97,17 @@ def test_custom_reward_trains_and_logs_its_parts(tmp_path):
         parts = 0.9 * row["rewards/correct"] + 0.1 * row["rewards/one_box"]
         assert row["mean_reward"] == pytest.approx(parts)
         assert row["correct_rate"] == pytest.approx(row["rewards/correct"])
+
+
+def test_composite_reward_trains_and_logs_its_parts(tmp_path):
+    config = short("composite-reward", tmp_path / "run", **{"training.max_tokens": 62})
+    assert execute(config, plain=True).status == "done"
+    for row in rows(tmp_path / "run"):
+        assert row["reward_error_rate"] == 0
+        assert {"rewards/math", "rewards/one_answer", "rewards/short"} <= set(row)
+        if row["rewards/short"] == 1:
+            assert row["mean_reward"] == pytest.approx(row["rewards/math"] + 0.1 * row["rewards/one_answer"])
+            assert row["correct_rate"] == pytest.approx(row["rewards/math"])
 
 
 TOML = [(page, text) for page in PAGES for text in blocks(page, "toml")]

@@ -122,7 +122,7 @@ def test_a_score_outside_the_promised_range_is_an_error(child, value):
 
 def test_a_task_that_is_made_differently_here_is_not_scored_by_the_wrong_answer(child):
     dataset = Broken(ValueError(), always=False)
-    with pytest.raises(RuntimeError, match="made another task here.*PYTHONHASHSEED"):
+    with pytest.raises(RuntimeError, match=r"made another task here.*PYTHONHASHSEED"):
         child(dataset, "5", reference="7")
     seen = []
     dataset.score_answer = lambda answer, entry: seen.append(entry) or 0.5

@@ -219,7 +219,8 @@ class Sandbox:
     """Up to ``workers`` children (0 = as many as cores, at most 4) that each run one call at a time.
 
     Children start when first needed. A child may hold its share of 80 % of the memory, and at most
-    ``memory_bytes`` where that is not 0. ``environment`` adds to the variables it gets. The sandbox belongs to no event loop, and ``close`` may come from any thread.
+    ``memory_bytes`` where that is not 0; ``environment`` adds to the variables that it gets. A sandbox belongs to
+    no event loop, and ``close`` may come from any thread.
     """
 
     def __init__(
