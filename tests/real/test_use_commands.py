@@ -416,10 +416,10 @@ def test_an_adapter_of_some_layers_is_used_as_peft_does(tmp_path: Path, said: Ca
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(model_path("retrain/tiny"), dtype=torch.float32)
+    torch.manual_seed(0)
     model = get_peft_model(
         base, LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], use_rslora=True)
     )
-    torch.manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -436,7 +436,9 @@ def test_an_adapter_of_some_layers_is_used_as_peft_does(tmp_path: Path, said: Ca
     )
     ids = np.arange(3, 300, 7) % 384
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
-    assert float((logits_of(model, ids) - logits_of(merged, ids)).abs().max()) <= 1e-5
+    # Their forward adds the update to the output, ours to the weight: equal up to rounding at the logits' size.
+    theirs = logits_of(model, ids)
+    assert float((theirs - logits_of(merged, ids)).abs().max()) <= 1e-6 * max(10.0, float(theirs.abs().max()))
     words = [
         "--source",
         "arithmetic",
