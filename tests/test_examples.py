@@ -39,7 +39,8 @@ def in_the_repository_root(monkeypatch):
 
 
 def test_there_is_a_readme_beside_every_configuration():
-    assert {p.parent.name for p in CONFIGS} == {"composite-reward", "custom-reward", "jsonl", "tiny"}
+    assert {p.parent.name for p in CONFIGS} == {p.name for p in EXAMPLES.iterdir() if p.is_dir()}
+    assert {"gsm8k", "math", "jsonl", "custom-reward", "tiny"} <= {p.parent.name for p in CONFIGS}
     assert all((p.parent / "README.md").is_file() for p in CONFIGS)
 
 
@@ -48,9 +49,10 @@ def test_it_loads_without_a_setting_that_does_nothing(path):
     assert load(path).announcements == ()
 
 
-def test_tiny_is_the_template():
-    ours = load_config(EXAMPLES / "tiny" / "retrain.toml").model_dump()
-    template = load_config(Path(templates.path_of("tiny"))).model_dump()
+@pytest.mark.parametrize(("example", "name"), [("tiny", "tiny"), ("math", "robust")])
+def test_it_is_the_template(example, name):
+    ours = load_config(EXAMPLES / example / "retrain.toml").model_dump()
+    template = load_config(Path(templates.path_of(name))).model_dump()
     ours["logging"].pop("log_dir")
     template["logging"].pop("log_dir")
     assert ours == template
@@ -72,6 +74,25 @@ def short(name: str, run: Path, **more: object):
 
 def rows(run: Path):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize(("name", "folder"), [("gsm8k", "gsm8k"), ("math", "math")])
+def test_the_gpu_examples_train(name, folder, tmp_path, shared, random_model):
+    """On real data, with everything as written but the model (random, with a real tokenizer) and the sizes."""
+    model = str(random_model(tokenizer=shared / "tokenizers/qwen3", vocab=151_936))
+    data = str(shared / "data" / folder)
+    held_out = {"eval.examples": 4, "eval.samples": 2}
+    if name == "math":  # its test split is not among the shared data
+        held_out = {"eval.source": "arithmetic", "eval.examples": 4}
+    config = short(
+        name, tmp_path / "run",
+        **{"model.model": model, "backend.devices": "cpu", "data.path": data, "training.warmup_steps": 1, **held_out},
+    )  # fmt: skip
+    assert execute(config, plain=True).status == "done"
+    steps = [r for r in rows(tmp_path / "run") if "eval/accuracy" not in r]
+    assert [r["step"] for r in steps] == [0, 1]
+    assert all(r["reward_error_rate"] == 0 for r in steps)
 
 
 def test_jsonl_trains(tmp_path):
