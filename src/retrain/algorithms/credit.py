@@ -202,10 +202,15 @@ def _credit(
     return CreditedGroup(group, tuple(advantages_G_T), tuple(u_G_T), tuple(planning_G_T), valid.skipped)
 
 
-def has_signal(group: ScoredGroup) -> bool:
-    """True when the group has two valid members whose rewards differ: what dynamic sampling counts."""
-    rewards = [score.reward for score, valid in zip(group.scores_G, group.valid_G, strict=True) if valid]
-    return len(rewards) > 1 and max(rewards) != min(rewards)
+def has_signal(group: ScoredGroup, *, mask_truncated: bool = False) -> bool:
+    """True when the group has two valid members whose rewards differ, and one whose credit is not masked: what
+    dynamic sampling counts."""
+    valid = group.valid_G
+    rewards = [score.reward for score, v in zip(group.scores_G, valid, strict=True) if v]
+    if len(rewards) < 2 or max(rewards) == min(rewards):
+        return False
+    members = zip(group.rollouts_G, valid, strict=True)
+    return not mask_truncated or any(v and rollout.stop != "length" for rollout, v in members)
 
 
 def _frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -16,7 +16,7 @@ from retrain.algorithms.credit import Algorithm, credit_step
 from retrain.algorithms.sepa import SepaSchedule
 from retrain.algorithms.statistics import step_stats
 from retrain.config.schema import Config
-from retrain.errors import LearnerError, RunError
+from retrain.errors import LearnerError, RetrainError
 from retrain.protocols import Backend, Engine, Environment, Reward, State, Stateful, TaskSource
 from retrain.tracking.run_log import RunLog
 from retrain.training.batch import pack
@@ -69,7 +69,7 @@ class Parts:
 def train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done", "interrupted"]:
     """Run from ``parts.counters.step`` to ``training.max_steps``; ``stop`` ends the run after its present step.
 
-    A RunError leaves a checkpoint of the last completed step behind before it is raised.
+    A RetrainError leaves a checkpoint of the last completed step behind before it is raised.
     """
     counters, training = parts.counters, config.training
     saved_at = counters.step if counters.step else -1
@@ -84,7 +84,7 @@ def train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done"
             last = done == training.max_steps
             if _evaluation_due(config, parts):
                 accuracy = _evaluate(config, parts)
-        except RunError:
+        except RetrainError:
             # A step that broke before its update leaves the learner where the step began; one that broke
             # after it has been counted.
             unfinished = counters.step == before["counters"]["step"]
@@ -112,6 +112,7 @@ def _step(config: Config, parts: Parts) -> None:
         parts.environment, parts.reward, parts.engine, parts.sampling,
         seed=training.seed, step=step, deadline_s=training.phase_timeout_s, max_error_rate=config.reward.max_error_rate,
         min_signal=training.min_signal, max_oversample=training.max_oversample,
+        mask_truncated=parts.algorithm.mask_truncated,
     )  # fmt: skip
     sepa_lambda = parts.schedule.lambda_at(step)
     gate_open = parts.schedule.gate_open

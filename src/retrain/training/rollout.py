@@ -182,6 +182,7 @@ def collect_signal(
     max_error_rate: float,
     min_signal: float,
     max_oversample: float,
+    mask_truncated: bool,
 ) -> Collected:
     """Collect ``batch_size`` tasks and, while fewer than ``min_signal`` of that many groups carry a signal, as many
     more, up to ``max_oversample * batch_size`` in all (dynamic sampling, DAPO, 2503.14476).
@@ -202,7 +203,7 @@ def collect_signal(
             got.sample_time_s + new.sample_time_s,
             got.score_time_s + new.score_time_s,
         )
-        signals = sum(has_signal(group) for group in got.groups_P)
+        signals = sum(has_signal(group, mask_truncated=mask_truncated) for group in got.groups_P)
         if signals >= wanted or len(got.groups_P) >= most:
             break
     if signals < wanted:
