@@ -146,10 +146,13 @@ def test_a_catastrophic_pattern_in_a_schema_is_an_error(make, make_config, score
     assert "0.3 seconds" in hang.error
 
 
-def test_a_schema_is_never_fetched(make, score_all):
+def test_a_schema_is_never_fetched(make, score_all, monkeypatch):
+    fetched = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: fetched.append(a))
     check = make("json_schema", schema={"$ref": "http://127.0.0.1:9/schema.json"})
     (failed,) = score_all(check, "", "{}")
     assert "127.0.0.1:9/schema.json" in failed.error
+    assert fetched == []
 
 
 def twin(length: int, longest: int, cache: int) -> float:
