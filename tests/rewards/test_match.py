@@ -125,7 +125,7 @@ def test_an_empty_reference_is_never_matched(reference):
 def test_every_gsm8k_reference_passes(shared):
     from types import SimpleNamespace
 
-    from retrain.environments.sources import gsm8k
+    from retrain.environments.hub_sources import gsm8k
 
     data = SimpleNamespace(path=str(shared / "data" / "gsm8k"), instruction="", system="")
     tasks = gsm8k(data, "train")

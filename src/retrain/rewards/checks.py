@@ -15,10 +15,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from retrain.boxed import last_boxed
 from retrain.errors import ConfigError
 from retrain.rewards.calling import summary
 from retrain.rewards.extract import after_thinking
-from retrain.rewards.match import last_boxed
 from retrain.types import Rollout, Score, Task
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from retrain.rewards.match import last_boxed
+from retrain.boxed import last_boxed
 
 _THINK = "</think>"
 
