@@ -420,8 +420,8 @@ def against_verl() -> Iterator[Row]:
 
     last = torch.zeros_like(example.mask)
     last[torch.arange(example.rows), torch.tensor(example.lengths) - 1] = torch.tensor(
-        example.rewards
-    ).double()
+        example.rewards, dtype=torch.float64
+    )
     index = np.repeat([0, 1], 4)
 
     def scored(ours: str, theirs: str, mine: Any, name: str, why: str = "", **more: Any) -> Row:

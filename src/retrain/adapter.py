@@ -240,3 +240,48 @@ def start_from(directory: Path, adapter: Mapping[str, torch.Tensor], lora: Any) 
             fix="start from an adapter of all linear layers, or leave lora.init_from empty.",
         )
     read_adapter(directory, adapter, "set model.model to the model that it was trained on.")
+
+
+def merge_into(model: Any, directory: Path, settings: dict[str, Any], dtype: torch.dtype | None) -> None:
+    """Add a LoRA adapter to a plain model's weights, in float32, and round each weight once, to ``dtype`` (None: its
+    own); ModelError when they do not belong together. PEFT reads the adapter, so that patterns of rank and alpha count."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora.layer import LoraLayer
+    from safetensors.torch import load_file
+
+    for name in ("use_dora", "modules_to_save", "lora_bias", "target_parameters", "trainable_token_indices"):
+        if settings.get(name):
+            raise ModelError(
+                f"{directory} cannot be merged: {_REFUSED[name]} ({name}).", fix="merge it with PEFT itself."
+            )
+    config: Any = LoraConfig
+    inject_adapter_in_model(config.from_pretrained(str(directory)), model)
+    tensors = load_file(directory / WEIGHTS)
+    used: set[str] = set()
+    with torch.no_grad():
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, LoraLayer):
+                continue
+            layer: Any = module
+            base: Any = layer.base_layer
+            parts = [f"base_model.model.{name}.{part}.weight" for part in ("lora_A", "lora_B")]
+            a, b = (tensors.get(part) for part in parts)
+            shape = tuple(base.weight.shape)
+            if a is None or b is None or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
+                raise ModelError(
+                    f"{directory}: the adapter does not fit this model: {name} is missing or differs in shape.",
+                    fix="export with the model that it was trained on.",
+                )
+            used.update(parts)
+            update = (b.float() @ a.float()) * float(layer.scaling["default"])
+            base.weight.data = (base.weight.float() + update).to(dtype or base.weight.dtype)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, base)
+    extra = sorted(set(tensors) - used)
+    if extra:
+        raise ModelError(
+            f"{directory}: the adapter holds {len(extra)} tensors that this model lacks, such as {extra[0]}.",
+            fix="export with the model that it was trained on.",
+        )
+    if dtype is not None:
+        model.to(dtype)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from retrain.adapter import LORA_TARGETS, Mode, attach, read_adapter, start_from, write_adapter
+from retrain.adapter import (
+    LORA_TARGETS,
+    SETTINGS,
+    Mode,
+    attach,
+    merge_into,
+    read_adapter,
+    read_settings,
+    start_from,
+    write_adapter,
+)
 from retrain.config.schema import Config
 from retrain.errors import ConfigError, ModelError
 from retrain.head import Head, SelectedLogprobs
@@ -299,6 +311,30 @@ def _quantization(config: Config, device: torch.device, dtype: torch.dtype) -> A
     )
 
 
+def _load_model(config: Config, **how: Any) -> Any:
+    """The base model as transformers loads it; ModelError names it and the fix."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    auto: Any = AutoModelForCausalLM
+    name = config.model.model
+    try:
+        return auto.from_pretrained(
+            model_path(name),
+            revision=config.model.revision or None,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **how,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"model.model = {name!r} cannot be loaded: {reason}",
+            fix='name a folder that holds a Hugging Face model, an id on the Hub, or "retrain/tiny".',
+        ) from error
+
+
 def load_policy(config: Config, *, seed: int) -> Policy:
     """Load base model and fresh adapter as the configuration says; ModelError names the model and the fix."""
     device = resolve_device(config.backend.devices)
@@ -313,31 +349,12 @@ def load_policy(config: Config, *, seed: int) -> Policy:
     name = config.model.model
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as hf_logging
 
     log.info("Loading train model: %s on %s...", name, device)
-    hf_logging.disable_progress_bar()
-    auto: Any = AutoModelForCausalLM
     placed: dict[str, Any] = (
         {"quantization_config": quantized, "device_map": {"": device}} if quantized else {}
     )
-    try:
-        model = auto.from_pretrained(
-            model_path(name),
-            revision=config.model.revision or None,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **placed,
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"model.model = {name!r} cannot be loaded: {reason}",
-            fix='name a folder that holds a Hugging Face model, an id on the Hub, or "retrain/tiny".',
-        ) from error
+    model = _load_model(config, dtype=dtype, attn_implementation=attention, **placed)
     if not quantized:
         model.to(device)
     model.eval()
@@ -378,3 +395,40 @@ def load_policy(config: Config, *, seed: int) -> Policy:
         100 * policy.trainable / total,
     )
     return policy
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Number formats that ``export`` writes."""
+
+
+def export(config: Config, adapter: Path, out: Path, *, merged: bool, dtype: str = "auto") -> None:
+    """Write a trained adapter for other programs into the new folder ``out``.
+
+    ``merged``: a whole transformers model with its tokenizer, each weight computed as ``W + scale B A`` in float32 and
+    rounded once, to ``dtype`` (fp32, bf16, fp16, or auto: the model's own format). The weights are the model's own, also
+    where it was trained over a 4-bit copy. Otherwise a copy of the PEFT adapter that names the model by its id or whole
+    path. ModelError or ConfigError, before anything is written, when ``adapter`` is none or ``out`` holds files.
+    """
+    settings = read_settings(adapter, "the adapter")
+    if dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"{dtype!r} is no number format to export.", fix=f"use auto, {', '.join(DTYPES)}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} already holds files.", fix="name a new folder.")
+    path = model_path(config.model.model)
+    named = str(Path(path).resolve()) if Path(path).is_dir() else path
+    if not merged:
+        out.mkdir(parents=True, exist_ok=True)
+        for file in sorted(adapter.iterdir()):
+            if file.is_file() and file.name != SETTINGS:
+                shutil.copyfile(file, out / file.name)
+        settings |= {"base_model_name_or_path": named, "revision": config.model.revision or None}
+        text = json.dumps(settings, indent=2, sort_keys=True)
+        (out / SETTINGS).write_text(text + "\n", encoding="utf-8")
+        return
+    from transformers import AutoTokenizer
+
+    model = _load_model(config, dtype="auto")
+    merge_into(model, adapter, settings, DTYPES.get(dtype))
+    model.save_pretrained(out)
+    tokenizer: Any = AutoTokenizer
+    tokenizer.from_pretrained(path, revision=config.model.revision or "main").save_pretrained(out)
