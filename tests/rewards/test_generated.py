@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import time
 import warnings
 
@@ -61,16 +62,15 @@ def test_half_an_answer_earns_its_part_and_does_not_pass(reward, score_all):
     assert got.passed is False
 
 
-@pytest.mark.parametrize("text", ["I do not know", "2 x three", "", "²"])
-def test_an_answer_that_cannot_be_read_is_wrong_and_no_error(reward, score_all, text):
-    # prime_factorization raises ValueError on words; as an error that would stop a run in its first step.
+@pytest.mark.parametrize("text", ["I do not know", "2 x three", "²"])
+def test_an_exception_of_the_generator_is_an_error_and_no_zero(reward, score_all, text):
     reference, info, entry = task_of("prime_factorization")
-    if text:
-        with pytest.raises(ValueError, match="invalid literal"):
-            gym.create_dataset("prime_factorization", size=4, seed=7).score_answer(text, entry)
-    (got,) = score_all(reward, reference, f"<answer>{text}</answer>", info=info)
-    assert (got.error, got.passed) == ("", False)
-    assert got.reward <= 0.01
+    with pytest.raises(ValueError, match="invalid literal"):
+        gym.create_dataset("prime_factorization", size=4, seed=7).score_answer(text, entry)
+    wrong, right = score_all(reward, reference, f"<answer>{text}</answer>", f"<answer>{reference}</answer>", info=info)
+    assert "ValueError: invalid literal" in wrong.error
+    assert math.isnan(wrong.reward)
+    assert (right.error, right.reward) == ("", 1.0)
 
 
 class Broken:
@@ -99,17 +99,9 @@ def child(monkeypatch):
     return with_dataset
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), ZeroDivisionError(), AttributeError("x")])
-def test_which_exceptions_are_the_answers_fault(child, error):
-    assert child(Broken(error, always=False), "six") == 0.0
+@pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), ZeroDivisionError(), MemoryError(), OSError("disk")])
+def test_every_exception_goes_on(child, error):
     assert child(Broken(error, always=False), "5") == 1.0
-    with pytest.raises(type(error)):
-        child(Broken(error, always=True), "six")
-    assert child(Broken(error, always=True, answer=None), "six", reference="") == 0.0
-
-
-@pytest.mark.parametrize("error", [MemoryError(), RecursionError(), OSError("disk"), ImportError("x")])
-def test_which_exceptions_are_not(child, error):
     with pytest.raises(type(error)):
         child(Broken(error, always=False), "six")
 
@@ -198,16 +190,21 @@ SLOW = {"composite", "knight_swap", "arc_agi", "rearc", "codeio", "figlet_font",
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_every_generator_scores_junk_and_its_own_answer_without_an_error():
+def test_every_generator_scores_its_own_answer_and_junk_never_as_right():
     from reasoning_gym.factory import DATASETS
 
     assert len(DATASETS) > 100
-    wrong = []
+    wrong, raising = [], set()
     for name in sorted(set(DATASETS) - SLOW):
         reference, info, entry = task_of(name, size=2)
         info = json.loads(json.dumps(info))
-        values = [generated_child.score(text, reference, info) for text in JUNK]
-        assert all(0.0 <= v <= 1.0 for v in values)
+        for text in JUNK:
+            try:
+                assert 0.0 <= generated_child.score(text, reference, info) <= 1.0
+            except Exception:  # noqa: BLE001  what a generator raises is for the reward an error
+                raising.add(name)
         if entry["answer"] is not None and generated_child.score(entry["answer"], reference, info) < 1.0:
             wrong.append(name)
     assert wrong == []
+    assert "prime_factorization" in raising
+    assert len(raising) < 12, raising

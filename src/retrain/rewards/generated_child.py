@@ -10,9 +10,6 @@ from typing import Any
 
 _gym: Any = importlib.import_module("reasoning_gym")
 
-_TEXTUAL = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, SyntaxError)
-"""What generators raise on an answer that they cannot read, such as a word where they expect numbers."""
-
 
 @functools.lru_cache(maxsize=64)
 def _dataset(generator: str, config: str) -> Any:
@@ -44,8 +41,7 @@ def _entry(info: Mapping[str, Any], reference: str, generator: str, config: str)
 def score(response: str, reference: str, info: Mapping[str, Any]) -> float:
     """The generator's score, in [0, 1], of an answer to the task of ``info["recipe"]``: generator, config, index.
 
-    An answer on which the generator raises is unreadable, hence 0, if it can score its own reference answer.
-    Anything else that it raises goes on.
+    Whatever the generator raises goes on: it is an error, which masks the rollout, and never a 0.
     """
     recipe = info["recipe"]
     generator, config = str(recipe["generator"]), json.dumps(recipe["config"], sort_keys=True)
@@ -54,12 +50,7 @@ def score(response: str, reference: str, info: Mapping[str, Any]) -> float:
     answer = entry["answer"]
     if answer is not None and response.strip() == str(answer).strip():
         response = answer  # outer spaces may count for the generator, and never reach this place
-    try:
-        value = float(dataset.score_answer(answer=response, entry=entry))
-    except _TEXTUAL:
-        if answer is not None:
-            dataset.score_answer(answer=answer, entry=entry)
-        return 0.0
+    value = float(dataset.score_answer(answer=response, entry=entry))
     if not 0.0 <= value <= 1.0:
         raise RuntimeError(f"{generator} scored {value}, which is outside [0, 1]")
     return value
