@@ -97,7 +97,7 @@ def refused(capsys, *arguments) -> str:
         ("group_size = 4", "group_size = 1", ["retrain.toml:14", "group_size", "2"]),
         ("temperature = 1.0", "temperature = -1.0", ["temperature"]),
         ("seed = 3", "seed = = 3", ["retrain.toml:11"]),
-        ('type = "match"', 'type = "math"', ["reward.type", "not in this version"]),
+        ('type = "match"', 'type = "judge"', ["reward.type", "not in this version"]),
         ('devices = "cpu"', 'devices = "gpu:0,gpu:1"', ["backend.devices"]),
         ('model = "retrain/tiny"', 'model = "./nowhere"', ["nowhere"]),
         ('path = "tasks.jsonl"', 'path = "nothing.jsonl"', ["nothing.jsonl"]),
