@@ -166,7 +166,8 @@ class Sink(Protocol):
     only warns.
 
     Called before ``log`` of the same step if it is there: ``generations(step, rows)`` with that step's rows of
-    generations.jsonl; at the end ``ended(status)`` with done, interrupted or failed.
+    generations.jsonl; at the end ``ended(status)`` with done, interrupted or failed. One with ``replays = True`` is
+    told every earlier row again when a run is resumed, and leaves out what it holds.
     """
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:

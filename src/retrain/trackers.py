@@ -1,7 +1,7 @@
 """Experiment trackers: wandb, trackio and tensorboard, each told the numbers that metrics.jsonl holds.
 
 Their files lie under ``trackers/`` of the run directory. What a tracker holds already cannot be cut back, so each
-remembers its last steps in ``trackers.json`` and skips them after a resume.
+remembers its last steps in ``trackers.json``; after a resume it is told everything again, and skips those.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def table(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for row in rows:
         found.append({name: row[name] for name in COLUMNS})
-        reward = found[-1]["reward"]
-        found[-1] |= {"parts": json.dumps(row["parts"]), "reward": reward if math.isfinite(reward) else None}
+        failed = row["reward"] is None or not math.isfinite(row["reward"])
+        found[-1] |= {"parts": json.dumps(row["parts"]), "reward": None if failed else row["reward"]}
     return found
 
 
@@ -173,6 +173,8 @@ class Pace:
 class WandbSink:
     """Weights & Biases. ``WANDB_MODE``, ``WANDB_API_KEY`` and ``WANDB_BASE_URL`` are read by wandb itself."""
 
+    replays = True
+
     def __init__(self, config: Config, run_dir: Path) -> None:
         with _starting("wandb"):
             import wandb
@@ -250,6 +252,8 @@ class WandbSink:
 class TrackioSink:
     """Trackio: a local database, or the Space or server that ``TRACKIO_SPACE_ID`` or ``TRACKIO_SERVER_URL`` names."""
 
+    replays = True
+
     def __init__(self, config: Config, run_dir: Path) -> None:
         self._pace = Pace(config)
         # trackio reads this once, when it is imported; a folder of the user's own is respected.
@@ -316,6 +320,8 @@ class TrackioSink:
 
 class TensorboardSink:
     """TensorBoard event files, written without torch. They hold float32: the nearest one to each number."""
+
+    replays = True
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         with _starting("tensorboard"):
@@ -391,6 +397,7 @@ def _starting(name: str, *, fix: str = "") -> Generator[None]:
         raise
     except ImportError as error:
         missing = error.name or name
+        missing = name if missing.startswith(f"{name}.") else missing
         raise PluginError(
             f"tracker {name!r} needs the module {missing!r}, which is not installed.",
             fix=f'pip install "retrain[{name}]".',

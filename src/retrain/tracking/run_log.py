@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,9 +108,9 @@ class RunLog:
         self.latest |= metrics
         self._tell("log", step, metrics)
 
-    def _tell(self, method: str, *arguments: Any) -> None:
-        """Call a method of every sink that has it; one that fails is off from then on."""
-        for sink in list(self._sinks):
+    def _tell(self, method: str, *arguments: Any, to: Sequence[Sink] | None = None) -> None:
+        """Call a method of every sink (or of those in ``to``) that has it; one that fails is off from then on."""
+        for sink in [s for s in self._sinks if to is None or s in to]:
             try:
                 if method == "log" or hasattr(sink, method):
                     getattr(sink, method)(*arguments)
@@ -183,8 +183,8 @@ class RunLog:
         return {"bytes": {name: file.tell() for name, file in self._files.items()}}
 
     def load_state_dict(self, state: State) -> None:
-        """Cut every stream back to its stored length, ResumeError when one is shorter; rollouts of later steps
-        go with ``cut_rollouts``."""
+        """Cut every stream back to its stored length, ResumeError when one is shorter, and tell sinks that replay;
+        rollouts of later steps go with ``cut_rollouts``."""
         for name, length in state["bytes"].items():
             path = self.directory / name
             if path.stat().st_size < length:
@@ -196,6 +196,22 @@ class RunLog:
             with path.open("r+b") as file:
                 file.truncate(length)
             self._files[name] = path.open("ab")
+        self._replay()
+
+    def _replay(self) -> None:
+        """Hand everything up to the checkpoint once more to sinks that ask for it: they know what they hold."""
+        asking = [sink for sink in self._sinks if getattr(sink, "replays", False)]
+        if not asking:
+            return
+        generations: dict[int, list[dict[str, Any]]] = {}
+        for row in _rows(self.directory / layout.GENERATIONS):
+            generations.setdefault(row["step"], []).append(row)
+        for row in _rows(self.directory / layout.METRICS):
+            step = row.pop("step")
+            shown = [] if any(key.startswith("eval/") for key in row) else generations.pop(step, [])
+            if shown:
+                self._tell("generations", step, shown, to=asking)
+            self._tell("log", step, row, to=asking)
 
     def cut_rollouts(self, step: int) -> None:
         """Delete stored rollouts of 0-based steps from ``step`` on."""
@@ -214,6 +230,12 @@ class RunLog:
             except Exception as error:  # noqa: BLE001 - as in _to_sinks
                 log.warning("%s failed to close: %s", type(sink).__name__, error)
         self._sinks = []
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
 
 
 def _rounded(values: FloatArray) -> list[float]:
