@@ -204,7 +204,7 @@ def test_runs_with_many_methods_resume_to_the_byte(tmp_path, kind):
     # Everything that the test is about did act.
     assert any(r["batch_size"] > 3 for r in rows)
     assert {r["num_updates"] for r in rows} == {2}
-    assert len({r["lr"] for r in rows}) > 6
+    assert len({r["lr"] for r in rows}) >= 6
     assert all(r["kl_base"] is not None for r in rows)
     assert any(r["moved_kl"] > r["approx_kl"] for r in rows)
     assert {"sources/easy/mean_reward", "sources/hard/mean_reward"} <= set().union(*rows)
