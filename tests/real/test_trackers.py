@@ -316,8 +316,9 @@ def test_a_missing_package_names_its_install_line(tmp_path, monkeypatch, capsys,
     monkeypatch.setitem(sys.modules, module, None)
     toml = tmp_path / "retrain.toml"
     toml.write_text(
-        f'[model]\nmodel = "retrain/tiny"\n[backend]\ndevices = "cpu"\n[training]\nmax_tokens = 8\n[data]\nsource = "arithmetic"\n[reward]\n'
-        f'type = "match"\n[logging]\nlog_dir = "{tmp_path / "run"}"\ntrackers = ["{name}"]\n'
+        '[model]\nmodel = "retrain/tiny"\n[backend]\ndevices = "cpu"\n[training]\nmax_tokens = 8\n'
+        '[data]\nsource = "arithmetic"\n[reward]\ntype = "match"\n'
+        f'[logging]\nlog_dir = "{tmp_path / "run"}"\ntrackers = ["{name}"]\n'
     )
     monkeypatch.chdir(tmp_path)
     assert main([str(toml)]) == 2
