@@ -198,7 +198,7 @@ def inexact_because(
         "threads": "the thread count",
         "code": "retrain's own code",
     }
-    for key in sorted({*before, *now} - {"git", "weights", "tokenizer", "eval_tasks", "inexact"}):
+    for key in sorted({*before, *now} - {"git", "weights", "model_commit", "tokenizer", "eval_tasks", "inexact"}):
         if before.get(key) != now.get(key):
             what = names.get(key, f"the version of {key}" if key not in ("dtype", "deterministic") else key)
             reasons.append(f"{what} was {before.get(key) or 'unknown'} and is {now.get(key) or 'unknown'}")

@@ -98,6 +98,8 @@ class LocalBackend:
             "device": torch.cuda.get_device_name(device) if cuda else "cpu",
             "threads": str(torch.get_num_threads()),
             "weights": self.policy.base_digest(),
+            # What the Hub resolved model.revision to; "" for a local folder.
+            "model_commit": str(getattr(self.policy.model.config, "_commit_hash", None) or ""),
             "dtype": str(self.policy.dtype).removeprefix("torch."),
             "deterministic": "yes" if not cuda or torch.are_deterministic_algorithms_enabled() else "no",
         }
