@@ -29,7 +29,7 @@ from retrain.protocols import Renderer
 from retrain.renderer import model_path
 from retrain.subject import Subject
 from retrain.training.build import evaluator, facts, sampling_of
-from retrain.training.rollout import EventLoop, collect
+from retrain.training.rollout import EventLoop, RewardErrors, collect
 from retrain.types import Completion, IntArray, Message, NoiseKey, SharedWeights, Task
 
 Progress = Callable[[int, int, float], None]
@@ -351,7 +351,7 @@ class Talker:
             got = collect(
                 self._events, [task], n, environment, reward, self._engine,
                 sampling_of(config, self._renderer, temperature=config.training.temperature),
-                seed=config.training.seed, step=SAMPLE_STEP, deadline_s=_DEADLINE_S, max_error_rate=1.0,
+                seed=config.training.seed, step=SAMPLE_STEP, deadline_s=_DEADLINE_S, errors=RewardErrors(1.0),
             )  # fmt: skip
         group, found = got.groups_P[0], list[Answer]()
         for rollout, score in zip(group.rollouts_G, group.scores_G, strict=True):

@@ -192,6 +192,7 @@ def inexact_because(
         "reward_code": "the reward's code",
         "planning": "what the planning detector compares with",
         "plugins": "a plug-in's code",
+        "schedule_steps": "the step at which the learning-rate schedule ends",
 
         "machine": "the processor",
         "device": "the device",

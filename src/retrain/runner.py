@@ -100,7 +100,7 @@ def _run(config: Config, place: preflight.Place, *, plain: bool, stop: threading
 
     with build(config, directory, clear=place.how == "overwrite", plain=plain, check=check) as parts:
         if before is not None:
-            start = _restore(config, parts, before.training.max_steps)
+            start = _restore(config, parts)
         write_atomically(directory / layout.CONFIG, dump_toml(_with(config, "resume", from_="")))
         parts.log.begin(
             {"facts": parts.facts, "started_at_step": start, "max_steps": config.training.max_steps}
@@ -124,11 +124,8 @@ def _run(config: Config, place: preflight.Place, *, plain: bool, stop: threading
         return RunResult(status, parts.counters.step, str(directory), parts.log.latest)
 
 
-def _restore(config: Config, parts: Parts, lr_steps: int) -> int:
-    """Bring every part back to the newest intact checkpoint and say whether the rest will be byte-exact.
-
-    ``lr_steps`` is the length that the learning rate's schedule had before.
-    """
+def _restore(config: Config, parts: Parts) -> int:
+    """Bring every part back to the newest intact checkpoint and say whether the rest will be byte-exact."""
     path, state = parts.checkpoints.newest()
     step = int(state["step"])
     preflight.check_steps(config, step)
@@ -140,10 +137,6 @@ def _restore(config: Config, parts: Parts, lr_steps: int) -> int:
     parts.checkpoints.discard_after(step)
     log.info("Resuming %s after %d steps from %s.", parts.log.directory, step, path.name)
     reasons = preflight.inexact_because(config, state["facts"], parts.facts, parts.counters.reward_errors)
-    if lr_steps != config.training.max_steps and config.training.lr_schedule != "constant":
-        reasons.append(
-            f"the learning-rate schedule ended at step {lr_steps} and ends at step {config.training.max_steps}"
-        )
     due = step == 0 or (config.eval.every and step % config.eval.every == 0)
     if parts.counters.evaluated_at == step < config.training.max_steps and not due:
         reasons.append(f"the evaluation after step {step} was due only at the shorter run's end")

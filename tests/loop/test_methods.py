@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from retrain.algorithms import credit
 from retrain.environments.single_turn import build as single_turn
+from retrain.errors import LearnerError, RunError
 from retrain.fakes import FakeBackend, FakeEngine, FakeRenderer, FakeSink, FakeTasks
 from retrain.tracking.run_log import RunLog
 from retrain.training.build import sampling_of
@@ -45,11 +47,11 @@ class EveryThird:
 def run_loop(tmp_path, make_config):
     opened = []
 
-    def run(reward=None, **changes):
+    def run(reward=None, backend=None, **changes):
         training = {"max_steps": 4, "batch_size": 4, "group_size": 4, "max_tokens": 1, "lr": 1e-2}
         config = make_config(training={**training, **changes.pop("training", {})}, **changes)
         renderer, directory = FakeRenderer(), tmp_path / f"run{len(opened)}"
-        backend = RecordingBackend()
+        backend = backend or RecordingBackend()
         log = RunLog(directory, renderer, [FakeSink()], generations=0, rollouts=False)
         events = EventLoop()
         opened.append((log, events))
@@ -166,3 +168,48 @@ def test_masked_rollouts_keep_their_place_in_mean_and_denominator(run_loop):
         assert cut
         assert not any(r.advantages_T.any() for r in cut)
         assert any(np.any(r.advantages_T) for r in plain.rows)
+
+
+def test_a_step_that_breaks_between_its_updates_is_not_saved(tmp_path, run_loop, caplog):
+    """The learner has moved, the step is not complete: no checkpoint may claim to be its beginning."""
+
+    class Breaks(RecordingBackend):
+        def train_step(self, batch, optim):
+            if len(self.steps) == 4:
+                raise RunError("broke")
+            return super().train_step(batch, optim)
+
+    with caplog.at_level("WARNING", logger="retrain"), pytest.raises(RunError, match="broke"):
+        run_loop(backend=Breaks(), training={"updates_per_batch": 3, "save_every": 1}, loss={"kind": "ppo"})
+    assert "broke between its updates" in caplog.text
+    saved = sorted(p.name for p in (tmp_path / "run0" / "checkpoints").iterdir())
+    assert saved == ["step_000001"]
+    learner = json.loads((tmp_path / "run0/checkpoints/step_000001/adapter/table.json").read_text())
+    assert learner["version"] == 3
+
+
+def test_a_skipped_update_ends_its_step_and_three_steps_end_the_run(run_loop):
+    class Skips(RecordingBackend):
+        def train_step(self, batch, optim):
+            return replace(super().train_step(batch, optim), update_skipped="the loss is nan")
+
+    backend = Skips()
+    with pytest.raises(LearnerError, match="3 updates in a row"):
+        run_loop(backend=backend, training={"updates_per_batch": 3}, loss={"kind": "ppo"})
+    assert len(backend.steps) == 3
+    assert len({id(batch) for batch, _ in backend.steps}) == 3
+
+
+def test_the_error_rate_is_that_of_the_whole_step(run_loop):
+    class OneFails(EveryThird):
+        """One reward in the second round fails: one of four there, one of twenty in the step."""
+
+        async def score(self, task, rollouts_G):
+            scores = await super().score(task, rollouts_G)
+            return [Score.failed("late"), *scores[1:]] if task.draw == 4 else scores
+
+    _, _, rows = run_loop(
+        reward=OneFails(), training={"max_steps": 1, "min_signal": 1.0, "max_oversample": 1.25}
+    )
+    assert rows[0]["batch_size"] == 5
+    assert rows[0]["reward_error_rate"] == pytest.approx(1 / 20)

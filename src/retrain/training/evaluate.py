@@ -12,7 +12,7 @@ import numpy as np
 
 from retrain.algorithms.credit import correct
 from retrain.protocols import Engine, Environment, Reward
-from retrain.training.rollout import EventLoop, collect
+from retrain.training.rollout import EventLoop, RewardErrors, collect
 from retrain.types import Sampling, Task
 
 EVALUATION_STEP = -1
@@ -67,9 +67,11 @@ class Evaluator:
 
     def run(
         self, loop: EventLoop, environment: Environment, reward: Reward, engine: Engine,
-        *, deadline_s: float, max_error_rate: float,
+        *, deadline_s: float, max_error_rate: float, errors_of: RewardErrors | None = None,
     ) -> tuple[dict[str, Any], int]:  # fmt: skip
         """Metrics ``<prefix>/...`` of the engine's present weights, and how many rewards failed.
+
+        ``errors_of`` judges failed rewards where this is one of several suites.
 
         Accuracy, interval, mean@n and pass@k are None where a reward does not say what is correct (outside [0, 1]
         without ``reward.correct_at``). mean@n and pass@k are over the tasks with n and k valid samples.
@@ -77,7 +79,7 @@ class Evaluator:
         tasks = [replace(t, draw=noise_number(t.id)) for t in self.tasks]
         got = collect(
             loop, tasks, self.samples, environment, reward, engine, self.sampling, seed=self.seed,
-            step=EVALUATION_STEP, deadline_s=deadline_s, max_error_rate=max_error_rate,
+            step=EVALUATION_STEP, deadline_s=deadline_s, errors=errors_of or RewardErrors(max_error_rate),
         )  # fmt: skip
         verdicts: list[list[bool | None]] = []
         rewards: list[float] = []
@@ -168,9 +170,10 @@ class Suites:
         """The metrics of all of them, and how many rewards failed."""
         found: list[dict[str, Any]] = []
         failed = 0
+        together = RewardErrors(max_error_rate, sum(len(part.tasks) * part.samples for part in self._parts))
         for part in self._parts:
             metrics, errors = part.run(
-                loop, environment, reward, engine, deadline_s=deadline_s, max_error_rate=max_error_rate
+                loop, environment, reward, engine, deadline_s=deadline_s, max_error_rate=max_error_rate, errors_of=together
             )
             found.append(metrics)
             failed += errors

@@ -56,6 +56,8 @@ class Parts:
     facts: State = field(default_factory=dict[str, Any])
     """Versions, device and threads of this start: stored with every checkpoint, compared on resume."""
     counters: Counters = field(default_factory=Counters)
+    loaded: int = -1
+    """Version of the weights that the present step samples with."""
 
     @property
     def stateful(self) -> dict[str, Stateful]:
@@ -88,7 +90,10 @@ def train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done"
             # A step that broke before its update leaves the learner where the step began; one that broke
             # after it has been counted.
             unfinished = counters.step == before["counters"]["step"]
-            if not (unfinished and saved_at == counters.step):
+            if unfinished and parts.backend.publish().version != parts.loaded:
+                # Some of a step's updates were made: what the learner is now belongs to no completed step.
+                log.warning("Step %d broke between its updates: resuming starts at an earlier checkpoint.", counters.step)
+            elif not (unfinished and saved_at == counters.step):
                 _save(parts, before if unfinished else _state(parts), accuracy=None)
             raise
         if last or (training.save_every and done % training.save_every == 0):
@@ -105,7 +110,9 @@ def _step(config: Config, parts: Parts) -> None:
     counters, training = parts.counters, config.training
     step = counters.step
     started = time.perf_counter()
-    parts.engine.load(parts.backend.publish())
+    weights = parts.backend.publish()
+    parts.loaded = weights.version
+    parts.engine.load(weights)
     synced = time.perf_counter()
     got = collect_signal(
         parts.events, parts.tasks, training.batch_size, training.group_size,
@@ -124,8 +131,11 @@ def _step(config: Config, parts: Parts) -> None:
     parts.schedule.observe(stats.observed)
     trained = time.perf_counter()
     optim = optim_at(config, step)
-    updates = 0 if batch.is_empty else training.updates_per_batch
-    reports = [parts.backend.train_step(batch, optim) for _ in range(updates)]
+    reports: list[StepReport] = []
+    while not batch.is_empty and len(reports) < training.updates_per_batch:
+        reports.append(parts.backend.train_step(batch, optim))
+        if reports[-1].update_skipped:
+            break  # the next one would compute the same
     finished = time.perf_counter()
     counters.step += 1
     counters.reward_errors += got.reward_errors
@@ -173,7 +183,8 @@ def _check_update(counters: Counters, report: StepReport) -> None:
     if counters.skipped_updates_in_a_row >= _MAX_SKIPPED_UPDATES:
         raise LearnerError(
             f"{counters.skipped_updates_in_a_row} updates in a row were skipped, the last because {report.update_skipped}.",
-            fix='lower training.lr or use inference.dtype = "fp32", then resume from the saved checkpoint.',
+            fix='start a new run with a lower training.lr or inference.dtype = "fp32"; lora.init_from = a checkpoint\'s adapter '
+            "folder goes on from what was learned.",
         )
 
 

@@ -97,40 +97,56 @@ async def sample(
     return list(await asyncio.gather(*(attempt(t) for t in tasks_P)))
 
 
-async def score(
-    tasks_P: Sequence[Task],
-    rollouts_P_G: Sequence[Sequence[Rollout]],
-    reward: Reward,
-    *,
-    max_error_rate: float,
-) -> list[list[Score]]:
-    """Every group's scores, in order, whatever order they complete in.
+class RewardErrors:
+    """How many rewards have failed in what is judged as one: the rounds of a step, the suites of an evaluation.
 
-    RewardError as soon as more than ``max_error_rate`` of all rewards have failed: that is a broken reward, not
-    a bad policy, and the rest need not be waited for.
+    ``total`` is the number of rewards that the rate refers to where it is known before; else it grows with what is
+    scored.
     """
-    total = sum(r.stop != "error" for rollouts in rollouts_P_G for r in rollouts)
-    failed: list[str] = []
+
+    def __init__(self, max_rate: float, total: int = 0) -> None:
+        self._max_rate = max_rate
+        self._known = total > 0
+        self._total = total
+        self._failed: list[str] = []
+
+    def expect(self, rewards: int) -> None:
+        """So many more rewards are about to be computed."""
+        if not self._known:
+            self._total += rewards
+
+    def add(self, failed: Sequence[str], reward: Reward) -> None:
+        """Count failures; RewardError as soon as more than the rate's share of all rewards have failed: that is a
+        broken reward, not a bad policy, and the rest need not be waited for."""
+        self._failed.extend(failed)
+        if len(self._failed) > self._max_rate * self._total:
+            detail: str = getattr(reward, "first_traceback", "") or self._failed[0]
+            raise RewardError(
+                f"{len(self._failed)} of {self._total} rewards of this step failed (reward.max_error_rate = "
+                f"{self._max_rate:g}). The first one:\n{detail.rstrip()}\n",
+                fix="correct the reward, or raise reward.timeout_s or reward.max_error_rate.",
+            )
+
+
+async def score(
+    tasks_P: Sequence[Task], rollouts_P_G: Sequence[Sequence[Rollout]], reward: Reward, errors: RewardErrors
+) -> list[list[Score]]:
+    """Every group's scores, in order, whatever order they complete in; RewardError as ``errors`` decides."""
+    errors.expect(sum(r.stop != "error" for rollouts in rollouts_P_G for r in rollouts))
 
     async def one(task: Task, rollouts: Sequence[Rollout]) -> list[Score]:
         scores = await reward.score(task, rollouts)
         if len(scores) != len(rollouts):
             raise RewardError(f"the reward returned {len(scores)} scores for {len(rollouts)} rollouts.")
-        failed.extend(s.error for r, s in zip(rollouts, scores, strict=True) if s.error and r.stop != "error")
-        if len(failed) > max_error_rate * total:
-            detail: str = getattr(reward, "first_traceback", "") or failed[0]
-            raise RewardError(
-                f"{len(failed)} of {total} rewards of this step failed (reward.max_error_rate = {max_error_rate:g}). "
-                f"The first one:\n{detail.rstrip()}\n",
-                fix="correct the reward, or raise reward.timeout_s or reward.max_error_rate.",
-            )
+        pairs = zip(rollouts, scores, strict=True)
+        errors.add([s.error for r, s in pairs if s.error and r.stop != "error"], reward)
         return scores
 
     try:
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(one(t, r)) for t, r in zip(tasks_P, rollouts_P_G, strict=True)]
-    except* RewardError as errors:
-        raise errors.exceptions[0] from None
+    except* RewardError as raised:
+        raise raised.exceptions[0] from None
     return [task.result() for task in running]
 
 
@@ -146,7 +162,7 @@ def collect(
     seed: int,
     step: int,
     deadline_s: float,
-    max_error_rate: float,
+    errors: RewardErrors,
 ) -> Collected:
     """Sample and score ``n`` attempts at each task under the noise of (seed, step)."""
     started = time.perf_counter()
@@ -156,7 +172,7 @@ def collect(
     )
     sampled = time.perf_counter()
     scores = loop.run(
-        score(tasks_P, rollouts, reward, max_error_rate=max_error_rate),
+        score(tasks_P, rollouts, reward, errors),
         phase="scoring",
         deadline_s=deadline_s,
     )
@@ -189,14 +205,16 @@ def collect_signal(
 
     Every group sampled is returned and counts in the loss's denominators; none is thrown away to reach a round number.
     """
-    wanted = math.ceil(min_signal * batch_size)
+    # 0.28 * 25 is a little more than 7 in floating point.
+    wanted = math.ceil(min_signal * batch_size - 1e-9)
+    errors = RewardErrors(max_error_rate)
     most = max(batch_size, math.floor(max_oversample * batch_size + 1e-9))
     got = Collected((), 0.0, 0.0)
     while True:
         more = min(batch_size, most - len(got.groups_P))
         new = collect(
             loop, tasks.take(more), n, environment, reward, engine, sampling,
-            seed=seed, step=step, deadline_s=deadline_s, max_error_rate=max_error_rate,
+            seed=seed, step=step, deadline_s=deadline_s, errors=errors,
         )  # fmt: skip
         got = Collected(
             got.groups_P + new.groups_P,
