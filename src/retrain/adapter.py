@@ -1,5 +1,5 @@
-"""The LoRA adapter: the layer that adds it to a frozen linear one, its placement in a model, and its files in PEFT's
-format. Leaves out: which model, and when which forward runs."""
+"""The LoRA adapter: the layer that adds it to a frozen linear one, its placement in a model, and its tensors
+in PEFT's format. Leaves out: which model, and when which forward runs."""
 
 # torch, peft and safetensors are only partly typed: what they return is Any here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -16,13 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from retrain.adapter_settings import REFUSED, SETTINGS, WEIGHTS, damaged
 from retrain.errors import ModelError
-
-LORA_TARGETS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
-"""The linear layers that carry an adapter, sorted: PEFT writes them in hash order, which differs per process."""
-
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-"""PEFT's file names."""
 
 
 @dataclass(slots=True)
@@ -155,11 +150,20 @@ def write_adapter(directory: Path, adapter: Mapping[str, torch.Tensor], settings
     (directory / SETTINGS).write_text(text + "\n", encoding="utf-8")
 
 
-def read_adapter(directory: Path, adapter: Mapping[str, torch.Tensor], fix: str) -> None:
-    """Copy a directory's tensors into ``adapter``; ModelError with ``fix`` when names or shapes differ."""
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors = load_file(directory / WEIGHTS)
+    try:
+        return load_file(directory / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise damaged(directory / WEIGHTS, error) from error
+
+
+def read_adapter(directory: Path, adapter: Mapping[str, torch.Tensor], fix: str) -> None:
+    """Copy a directory's tensors into ``adapter``; ModelError when their file is damaged, and with ``fix`` when names or
+    shapes differ."""
+    tensors = _tensors(directory)
     for name, p in adapter.items():
         found = tensors.get(name)
         if found is None or found.shape != p.shape:
@@ -176,87 +180,20 @@ def read_adapter(directory: Path, adapter: Mapping[str, torch.Tensor], fix: str)
             p.copy_(tensors[name])
 
 
-def read_settings(directory: Path, key: str) -> dict[str, Any]:
-    """``adapter_config.json`` of a PEFT LoRA adapter; ModelError naming the setting ``key`` where there is none."""
-    fix = f"{key} names a folder with {WEIGHTS} and {SETTINGS}, such as the adapter/ of a run."
-    for name in (SETTINGS, WEIGHTS):
-        if not (directory / name).is_file():
-            raise ModelError(f"{key} = {str(directory)!r} holds no {name}.", fix=fix)
-    try:
-        found = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{key}: {directory / SETTINGS} is not valid JSON: {error}.", fix=fix) from error
-    if not isinstance(found, dict) or cast("dict[str, Any]", found).get("peft_type") != "LORA":
-        raise ModelError(f"{key} = {str(directory)!r} is not a LoRA adapter.", fix=fix)
-    return cast("dict[str, Any]", found)
-
-
-_REFUSED = {
-    "use_dora": "DoRA rescales the base weights, which our forward leaves untouched",
-    "modules_to_save": "it trained whole modules besides the adapter",
-    "lora_bias": "it trained biases",
-    "fan_in_fan_out": "its matrices are transposed",
-    "rank_pattern": "its layers differ in rank",
-    "alpha_pattern": "its layers differ in alpha",
-    "target_parameters": "it adapts parameters that are no linear layers",
-    "trainable_token_indices": "it trained embeddings",
-}
-"""Settings of PEFT that change what an adapter is, and why a run cannot start from it."""
-
-
-def start_from(directory: Path, adapter: Mapping[str, torch.Tensor], lora: Any) -> None:
-    """Load the adapter that ``lora.init_from`` names over a fresh one; ModelError when it is not one that this
-    configuration would have made, with the setting to change."""
-    found = read_settings(directory, "lora.init_from")
-    where = f"lora.init_from = {str(directory)!r}"
-    for name, why in _REFUSED.items():
-        if found.get(name):
-            raise ModelError(
-                f"{where} cannot be continued: {why} ({name}).",
-                fix="merge it into a model and train on that.",
-            )
-    if found.get("bias", "none") != "none":
-        raise ModelError(
-            f"{where} cannot be continued: it trained biases (bias = {found['bias']!r}).",
-            fix="merge it into a model and train on that.",
-        )
-    rank, alpha = found.get("r"), found.get("lora_alpha")
-    if rank != lora.r:
-        raise ModelError(f"{where} has rank {rank}, not {lora.r}.", fix=f"set model.lora_rank = {rank}.")
-    if alpha != lora.lora_alpha:
-        raise ModelError(
-            f"{where} has alpha {alpha}, not {lora.lora_alpha}.", fix=f"set lora.alpha = {alpha}."
-        )
-    if bool(found.get("use_rslora")) != lora.use_rslora:
-        raise ModelError(
-            f"{where} and the configuration differ in rslora.",
-            fix=f"set lora.rslora = {str(not lora.use_rslora).lower()}.",
-        )
-    targets = found.get("target_modules")
-    if isinstance(targets, list) and set(cast("list[str]", targets)) != set(lora.target_modules):
-        listed = ", ".join(sorted(cast("list[str]", targets)))
-        raise ModelError(
-            f"{where} adapts {listed}; here it must be {', '.join(LORA_TARGETS)}.",
-            fix="start from an adapter of all linear layers, or leave lora.init_from empty.",
-        )
-    read_adapter(directory, adapter, "set model.model to the model that it was trained on.")
-
-
 def merge_into(model: Any, directory: Path, settings: dict[str, Any], dtype: torch.dtype | None) -> None:
     """Add a LoRA adapter to a plain model's weights, in float32, and round each weight once, to ``dtype`` (None: its
     own); ModelError when they do not belong together. PEFT reads the adapter, so that patterns of rank and alpha count."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora.layer import LoraLayer
-    from safetensors.torch import load_file
 
     for name in ("use_dora", "modules_to_save", "lora_bias", "target_parameters", "trainable_token_indices"):
         if settings.get(name):
             raise ModelError(
-                f"{directory} cannot be merged: {_REFUSED[name]} ({name}).", fix="merge it with PEFT itself."
+                f"{directory} cannot be merged: {REFUSED[name]} ({name}).", fix="merge it with PEFT itself."
             )
+    tensors = _tensors(directory)
     config: Any = LoraConfig
     inject_adapter_in_model(config.from_pretrained(str(directory)), model)
-    tensors = load_file(directory / WEIGHTS)
     used: set[str] = set()
     with torch.no_grad():
         for name, module in list(model.named_modules()):

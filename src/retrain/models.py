@@ -21,16 +21,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from retrain.adapter import (
+from retrain.adapter import Mode, attach, merge_into, read_adapter, write_adapter
+from retrain.adapter_settings import (
     LORA_TARGETS,
     SETTINGS,
-    Mode,
-    attach,
-    merge_into,
-    read_adapter,
+    check_start_adapter,
     read_settings,
-    start_from,
-    write_adapter,
+    start_directory,
 )
 from retrain.config.schema import Config
 from retrain.errors import ConfigError, ModelError
@@ -48,7 +45,7 @@ def resolve_device(devices: str) -> torch.device:
         return torch.device("cpu")
     index = int(devices.partition(":")[2] or 0)
     if not torch.cuda.is_available():
-        log.warning("No CUDA device here: %s is not available, training on the CPU instead.", devices)
+        log.warning("No CUDA device here: %s is not available, using the CPU instead.", devices)
         return torch.device("cpu")
     if index >= torch.cuda.device_count():
         raise ConfigError(
@@ -335,6 +332,12 @@ def _load_model(config: Config, **how: Any) -> Any:
         ) from error
 
 
+def _same_model(a: str, b: str) -> bool:
+    """Whether two values of ``model.model`` name one id or one folder."""
+    one, other = model_path(a), model_path(b)
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
+
+
 def load_policy(config: Config, *, seed: int) -> Policy:
     """Load base model and fresh adapter as the configuration says; ModelError names the model and the fix."""
     device = resolve_device(config.backend.devices)
@@ -346,6 +349,7 @@ def load_policy(config: Config, *, seed: int) -> Policy:
             fix='use "auto", or inference.dtype = "bf16" as well.',
         )
     quantized = _quantization(config, device, dtype)
+    start = check_start_adapter(config)
     name = config.model.model
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from peft import LoraConfig
@@ -384,9 +388,17 @@ def load_policy(config: Config, *, seed: int) -> Policy:
         bias="none",
     )
     policy = Policy(model, lora, seed, attention)
-    # A resumed run brings its own adapter: the one that it began with may be gone.
-    if config.lora.init_from and not config.resume.from_:
-        start_from(Path(config.lora.init_from).expanduser(), policy.adapter, lora)
+    if start is not None:
+        recorded = str(start.get("base_model_name_or_path") or "")
+        if recorded and not _same_model(recorded, name):
+            log.warning(
+                "lora.init_from = %r was trained on %s by its own account, this run trains on %s.",
+                config.lora.init_from,
+                recorded,
+                name,
+            )
+        fix = "set model.model to the model that it was trained on."
+        read_adapter(start_directory(config), policy.adapter, fix)
     total = policy.parameters_total + policy.trainable
     log.info(
         "trainable params: %s || all params: %s || trainable%%: %.4f",

@@ -385,10 +385,11 @@ def test_a_batch_level_advantage_sees_the_valid_rewards_of_the_whole_step(
         make_group(r, seed=i) for i, r in enumerate([[1.0, None, 0.0], [1.0, 1.0], [None, None], [0.0, 1.0]])
     ]
     got = credit_step(step, make_algorithm(advantage=batch), 0.0)
-    assert seen == [[1.0, 0.0], [1.0, 1.0], [], [0.0, 1.0]]
+    # The group without a valid member is not asked about, and the others keep their places.
+    assert seen == [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]
     assert [g.skipped for g in got] == ["", "all correct", "errors", ""]
     # Skipped groups get nothing, whatever the advantage says about them.
-    assert [first_credit(g) for g in got] == [[0.0, 0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [3.0, 3.0]]
+    assert [first_credit(g) for g in got] == [[0.0, 0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [2.0, 2.0]]
 
 
 def test_reinforce_pp_through_a_step_and_through_one_group(
@@ -535,6 +536,12 @@ def test_a_plug_in_that_raises_is_named_with_its_line(
         f"{named} 'mine.broken' raised ZeroDivisionError: no such luck (test_credit.py:"
     )
     assert "\n" not in str(caught.value)
+
+    def leaves(*_: Any) -> Any:
+        raise SystemExit(3)
+
+    with pytest.raises(RunError, match=rf"{named} 'mine\.broken' raised SystemExit: 3 \(test_credit\.py:"):
+        credit(make_group([0.0, 1.0]), make_algorithm(**{kind: leaves, f"{kind}_name": "mine.broken"}), 0.0)
     if kind != "whole":
         with pytest.raises(ZeroDivisionError):  # a built-in that raises is a bug, and keeps its traceback
             credit(make_group([0.0, 1.0]), make_algorithm(**{kind: broken}), 0.0)

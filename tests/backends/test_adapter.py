@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 import warnings
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 from retrain import models
-from retrain.adapter import AdaptedLinear, Mode
+from retrain.adapter import AdaptedLinear, Mode, merge_into
+from retrain.adapter_settings import check_start_adapter
 from retrain.backends import local
 from retrain.errors import ConfigError, ModelError
+from retrain.training import build
 
 torch.set_num_threads(1)
 
@@ -100,7 +103,13 @@ def test_an_adapter_that_peft_itself_wrote_is_one_to_start_from(make_backend, ma
     ("settings", "says"),
     [
         ({"r": 8}, r"has rank 8, not 4. Fix: set model.lora_rank = 8"),
-        ({"lora_alpha": 16}, r"has alpha 16, not 32. Fix: set lora.alpha = 16"),
+        ({"lora_alpha": 16}, r"has alpha 16, not 32. Fix: set lora.alpha = 16\.$"),
+        ({"lora_alpha": 16.0}, r"has alpha 16.0, not 32. Fix: set lora.alpha = 16\.$"),
+        (
+            {"lora_alpha": 12.5},
+            r"has alpha 12.5, not 32. Fix: this version takes whole alphas above 0: merge it",
+        ),
+        ({"lora_alpha": 0}, r"has alpha 0, not 32. Fix: this version takes whole alphas above 0"),
         ({"use_rslora": True}, r"set lora.rslora = true"),
         ({"target_modules": ["q_proj", "v_proj"]}, r"adapts q_proj, v_proj; here it must be down_proj"),
         ({"use_dora": True}, r"DoRA rescales"),
@@ -119,9 +128,11 @@ def test_an_adapter_that_this_run_would_not_have_made_is_refused_in_one_line(
     made = make_config(
         model={"model": backend._config.model.model, "lora_rank": 4}, lora={"init_from": str(adapter)}
     )
-    with pytest.raises(ModelError, match=says) as caught:
-        local.build(made, None)
-    assert "\n" not in str(caught.value)
+    # The whole build, and the check that asks before any model is loaded.
+    for check in (lambda c: local.build(c, None), check_start_adapter):
+        with pytest.raises(ModelError, match=says) as caught:
+            check(made)
+        assert "\n" not in str(caught.value)
 
 
 def test_an_adapter_of_another_model_or_no_adapter_is_refused(
@@ -136,6 +147,80 @@ def test_an_adapter_of_another_model_or_no_adapter_is_refused(
         made = make_config(model={"model": other, "lora_rank": 4}, lora={"init_from": str(path)})
         with pytest.raises(ModelError, match=says):
             local.build(made, None)
+
+
+def test_an_adapter_to_start_from_is_checked_before_anything_is_loaded_and_without_torch(tmp_path):
+    code = (
+        "import sys\n"
+        "from retrain.adapter_settings import check_start_adapter\n"
+        "from retrain.config.schema import Config\n"
+        "try:\n"
+        f"    check_start_adapter(Config.model_validate({{'lora': {{'init_from': {str(tmp_path)!r}}}}}))\n"
+        "except Exception as error:\n"
+        "    print(error)\n"
+        "print('torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "holds no adapter_config.json" in out
+    assert out.endswith("False\n")
+
+
+def test_a_run_refuses_its_start_before_the_tokenizer_is_loaded(make_config, tmp_path):
+    made = make_config(
+        model={"model": str(tmp_path / "no-model")}, lora={"init_from": str(tmp_path / "none")}
+    )
+    with (
+        pytest.raises(ModelError, match=r"lora.init_from = .* holds no adapter_config.json"),
+        build.build(made, tmp_path / "run", clear=False, plain=True, check=lambda *_: None),
+    ):
+        pytest.fail("it was built")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 2000, -1])
+def test_a_damaged_adapter_is_one_line_wherever_it_is_read(make_backend, make_config, tmp_path, kept):
+    backend = make_backend()
+    adapter = trained(backend, tmp_path / "a")
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    made = make_config(
+        model={"model": backend._config.model.model, "lora_rank": 4}, lora={"init_from": str(adapter)}
+    )
+    for merged in (True, False):
+        with pytest.raises(ModelError, match="is damaged"):
+            models.export(backend._config, adapter, tmp_path / "out", merged=merged)
+        assert not (tmp_path / "out").exists()
+    for check in (
+        lambda: check_start_adapter(made),
+        lambda: local.build(made, None),
+        lambda: backend.policy.load_adapter(adapter),
+        lambda: merge_into(backend.policy.model, adapter, {}, None),
+    ):
+        with pytest.raises(ModelError, match=r"adapter_model\.safetensors is damaged: \w") as caught:
+            check()
+        assert "\n" not in str(caught.value)
+        assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("recorded", "told"),
+    [("meta-llama/Other", True), ("", False), (None, False), ("the same", False), ("by another way", False)],
+)
+def test_an_adapter_of_another_base_model_is_announced_and_taken(
+    make_backend, make_config, tmp_path, caplog, recorded, told
+):
+    backend = make_backend()
+    adapter = trained(backend, tmp_path / "a")
+    model = backend._config.model.model
+    (tmp_path / "link").symlink_to(model, target_is_directory=True)
+    same = {"the same": model, "by another way": str(tmp_path / "link")}
+    change(adapter, base_model_name_or_path=same.get(recorded, recorded))
+    made = make_config(model={"model": model, "lora_rank": 4}, lora={"init_from": str(adapter)})
+    with caplog.at_level("WARNING", "retrain"):
+        started = local.build(made, None)
+    assert started.publish().fingerprint == backend.publish().fingerprint
+    lines = [r.getMessage() for r in caplog.records if "was trained on" in r.getMessage()]
+    assert len(lines) == told
+    assert all(recorded in line and model in line and "\n" not in line for line in lines)
 
 
 def test_a_resumed_run_needs_not_what_it_started_from(make_backend, make_config, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from retrain.backends import local
 from retrain.backends.objective import Objective
 from retrain.config.schema import Loss
-from retrain.errors import ConfigError, PluginError
+from retrain.errors import ConfigError, LearnerError, PluginError, RunError
 from retrain.training.batch import pack
 from retrain.types import CreditedGroup, Message, OptimStep, Rollout, Score, ScoredGroup, Task
 
@@ -97,7 +97,7 @@ class Twin:
         self.cut, self.nearest = [], math.inf
         for i, row in enumerate(batch.rows):
             sampler = row.old_logprobs_T[row.sampled_T].astype(np.float64)
-            proximal = loss.tis_cap and loss.kind != "importance_sampling"
+            proximal = loss.kind != "importance_sampling"
             old = self.first[i].numpy() if proximal else sampler
             row_ratio = math.exp(float(np.mean(new[i].numpy() - old)))
             for t, a in enumerate(row.advantages_T[row.sampled_T].astype(np.float64)):
@@ -117,7 +117,7 @@ class Twin:
                     bound = high if a > 0 else low if s < low else loss.dual_clip
                     term, slope = (-bound * a, 0.0) if cut else (-s * a, -s * a)
                     self.nearest = min([self.nearest, abs(s - low), abs(s - high)])
-                if proximal:
+                if proximal and loss.tis_cap:
                     factor = min(math.exp(float(self.first[i][t]) - sampler[t]), loss.tis_cap)
                     term, slope = term * factor, slope * factor
                 if loss.kl:
@@ -154,8 +154,7 @@ def test_value_and_gradient_equal_the_float64_twin(make_backend, make_batch, nam
     assert abs(stats["loss"] - value) <= 2e-5 * max(1, abs(value))
     assert distance(gradient, expected) < 2e-5
     if backend._config.loss.kind != "importance_sampling":
-        assert twin.nearest > 1e-6
-        assert stats["clip_share"] == pytest.approx(np.mean(twin.cut))
+        assert stats["clip_share"] == np.mean(twin.cut) == 0
     else:
         assert stats["clip_share"] is None
 
@@ -164,6 +163,9 @@ def test_value_and_gradient_equal_the_float64_twin(make_backend, make_batch, nam
     ("name", "lr"),
     [
         ("ppo", 5e-4),
+        ("ppo, dual clip", 2e-3),
+        ("gspo", 3e-5),
+        ("cispo", 5e-4),
         ("ppo, capped", 5e-4),
         ("gspo, capped", 3e-5),
         ("cispo, capped", 5e-4),
@@ -305,6 +307,78 @@ def test_clipping_acts_from_the_second_update_of_an_on_policy_batch(make_backend
     assert backend.publish().version == 2
 
 
+def overheard(backend):
+    """What the loss is handed, call by call."""
+    calls, function = [], backend._objective._function
+
+    def listen(tokens, settings):
+        calls.append(tokens)
+        return function(tokens, settings)
+
+    backend._objective._function = listen
+    return calls
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["ppo", "gspo", "cispo"])
+def test_at_the_first_update_the_ratio_is_one_however_far_the_sampler_is(
+    make_backend, make_batch, kind, dropout
+):
+    """Bounds of zero clip whatever is not exactly 1; every loss is then REINFORCE on the same forward pass."""
+    made = {"lora": {"dropout": dropout}}
+    backend = make_backend(loss={"kind": kind, "clip_low": 0.0, "clip_high": 0.0}, **made)
+    batch = make_batch(backend=backend, rows=5, off_policy=0.3)
+    calls = overheard(backend)
+    backend._microbatch_tokens = 90
+    stats, gradient = flat_gradient(backend, batch)
+    assert len(calls) > 1
+    assert all(torch.equal(tokens.old_N, tokens.new_N.detach()) for tokens in calls)
+    assert stats["clip_share"] == 0
+    assert stats["ratio_max"] > 1.2  # reported against the sampler all the same
+    plain = make_backend(**made)
+    plain._microbatch_tokens = 90
+    plain._objective._function = lambda t, _: (-t.advantages_N * t.new_N, t.new_N > 1)
+    assert distance(gradient, flat_gradient(plain, batch)[1]) < 1e-5
+    # Asked again before anything has moved: the same.
+    again, same = flat_gradient(backend, batch)
+    assert (again, torch.equal(same, gradient)) == (stats, True)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("cap", [0.0, 1.05])
+def test_later_updates_meet_the_learner_of_the_first_without_dropout(make_backend, make_batch, dropout, cap):
+    backend = make_backend(loss={"kind": "ppo", "tis_cap": cap}, lora={"dropout": dropout})
+    batch = make_batch(backend=backend, rows=4)
+    calls = overheard(backend)
+    order = sorted(batch.rows, key=lambda row: -len(row.token_ids_T))
+    with backend.policy.mode("adapter"):
+        learner = [
+            backend.policy.sequence_logprobs(row.token_ids_T, batch.temperature)[
+                torch.tensor(row.sampled_T[1:])
+            ]
+            for row in order
+        ]
+    first, second, third = (backend.train_step(batch, OPTIM) for _ in range(3))
+    assert len(calls) == 3
+    assert first.clip_share == 0 < second.clip_share
+    for tokens in calls[1:]:
+        torch.testing.assert_close(tokens.old_N, torch.cat(learner), rtol=1e-4, atol=1e-4)
+        assert float((tokens.new_N.detach() - tokens.old_N).abs().max()) > 1e-2
+    shares = {report.tis_capped for report in (first, second, third)}
+    assert shares == {None} if not cap else len(shares) == 1
+
+
+def test_importance_sampling_keeps_its_ratio_to_the_sampler(make_backend, make_batch):
+    backend = make_backend()
+    batch = make_batch(backend=backend, rows=3)
+    calls = overheard(backend)
+    for _ in range(2):
+        backend.train_step(batch, OPTIM)
+    order = sorted(batch.rows, key=lambda row: -len(row.token_ids_T))
+    sampler = np.concatenate([row.old_logprobs_T[row.sampled_T] for row in order])
+    assert [tokens.old_N.tolist() for tokens in calls] == [sampler.tolist()] * 2
+
+
 @pytest.mark.parametrize("kind", ["importance_sampling", "ppo", "gspo", "cispo"])
 def test_a_gap_between_sampler_and_learner_is_capped(make_backend, make_batch, kind):
     """A sampler whose logprobs are 1 nat low on a third of the tokens: their weight is e, capped at 2."""
@@ -417,6 +491,13 @@ def no_tuple(tokens, settings): return -tokens.new_N
 def a_scalar(tokens, settings): return (-tokens.new_N).sum(), torch.zeros_like(tokens.new_N, dtype=torch.bool)
 def floats(tokens, settings): return -tokens.new_N, torch.zeros_like(tokens.new_N)
 def no_gradient(tokens, settings): return -tokens.old_N, torch.zeros_like(tokens.new_N, dtype=torch.bool)
+def raises(tokens, settings):
+    raise ValueError("boom\\nsecond line")
+def ends(tokens, settings):
+    raise SystemExit(3)
+def stops(tokens, settings):
+    from retrain.errors import LearnerError
+    raise LearnerError("enough", fix="rest.")
 """
 
 
@@ -450,6 +531,26 @@ def test_a_loss_of_ones_own_is_one_function(make_backend, make_batch, plugin):
 def test_a_loss_of_the_wrong_shape_is_named(make_backend, make_batch, plugin, name, says):
     backend = make_backend(loss={"kind": f"{plugin}.{name}"})
     with pytest.raises(PluginError, match=says):
+        backend.gradient(make_batch(backend=backend, rows=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("raises", "raised ValueError: boom (own_losses.py:12)."),
+        ("ends", "raised SystemExit: 3 (own_losses.py:14)."),
+    ],
+)
+def test_a_loss_that_raises_is_named_with_its_line(make_backend, make_batch, plugin, name, says):
+    backend = make_backend(loss={"kind": f"{plugin}.{name}"})
+    with pytest.raises(RunError) as caught:
+        backend.gradient(make_batch(backend=backend, rows=2))
+    assert str(caught.value) == f"loss '{plugin}.{name}' {says} Fix: correct the plug-in."
+
+
+def test_an_error_of_ours_that_a_loss_raises_passes_as_it_is(make_backend, make_batch, plugin):
+    backend = make_backend(loss={"kind": f"{plugin}.stops"})
+    with pytest.raises(LearnerError, match="enough Fix: rest"):
         backend.gradient(make_batch(backend=backend, rows=2))
 
 

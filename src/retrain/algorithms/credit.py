@@ -60,7 +60,7 @@ class Algorithm:
     """Everything that decides a token's credit. ``*_name`` is what errors and logs call each piece.
 
     ``advantage`` sees one group's rewards, or, with the attribute ``batch_level = True``, those of every group
-    of the step. ``whole``, where there is one, stands in for advantage and transform. ``offsets`` is the
+    of the step that has a valid member. ``whole``, where there is one, stands in for advantage and transform. ``offsets`` is the
     renderer's; ``params`` is what transforms and ``whole`` read (``beta``, ``alpha``, a plug-in's own);
     ``correct_at`` is the reward above which a rollout counts as correct, None where nothing says.
     ``mask_truncated``: a rollout cut at its token limit takes part in everything and gets no credit itself.
@@ -263,16 +263,14 @@ def _advantages(valid_P: Sequence[_Valid], algorithm: Algorithm) -> list[FloatAr
     if algorithm.whole is not None or all(valid.skipped for valid in valid_P):
         return out_P
     if getattr(algorithm.advantage, "batch_level", False):
-        rewards = [valid.rewards_V.copy() for valid in valid_P]
-        given_P = _arrays(
-            _called("advantage", name, algorithm.advantage, rewards),
-            f"advantage {name!r}",
-            len(valid_P),
-            "a step",
-        )
-        for i, valid in enumerate(valid_P):
-            if not valid.skipped:
-                out_P[i] = _checked_advantages(given_P[i], valid.rewards_V, name)
+        # A mean or maximum of an empty array is a warning at best: no function needs to think of that.
+        asked = [i for i, valid in enumerate(valid_P) if len(valid.rewards_V)]
+        rewards = [valid_P[i].rewards_V.copy() for i in asked]
+        given = _called("advantage", name, algorithm.advantage, rewards)
+        given_P = _arrays(given, f"advantage {name!r}", len(asked), "a step")
+        for i, given_V in zip(asked, given_P, strict=True):
+            if not valid_P[i].skipped:
+                out_P[i] = _checked_advantages(given_V, valid_P[i].rewards_V, name)
         return out_P
     for i, valid in enumerate(valid_P):
         if not valid.skipped:
@@ -316,7 +314,7 @@ def _called(kind: str, name: str, function: Callable[..., Any], *arguments: Any)
         return function(*arguments)
     except RetrainError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RunError(plugins.raised(kind, name, error), fix="correct the plug-in.") from error
 
 

@@ -62,10 +62,11 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class _Fixed:
-    """Logprobs that stay the same over a batch's updates, by the rows of the microbatch: the learner's before the
-    first update, and the base model's."""
+    """What stays the same over a batch's updates: the learner's version before the first one, and by the rows of the
+    microbatch the logprobs of that learner and of the base model."""
 
     batch: TrainBatch | None = None
+    version: int = 0
     learner: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict[tuple[int, ...], torch.Tensor])
     base: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict[tuple[int, ...], torch.Tensor])
 
@@ -167,7 +168,7 @@ class LocalBackend:
         """Leave the batch's gradient in the adapter's ``.grad`` and return loss, ratios and shares."""
         self._adam.zero_grad(set_to_none=True)
         if self._fixed.batch is not batch:
-            self._fixed = _Fixed(batch)
+            self._fixed = _Fixed(batch, self._version)
         lengths = [len(row.token_ids_T) for row in batch.rows]
         memory = self._memory(max(lengths))
         plan = plan_microbatches(lengths, self._microbatch_tokens or memory.microbatch_tokens)
@@ -233,6 +234,7 @@ class LocalBackend:
                     learner_N=fixed.learner.get(picked),
                     base_N=fixed.base.get(picked),
                     entropy_N=entropy,
+                    unmoved=self._version == fixed.version,
                 )
             )
             loss.backward()

@@ -24,8 +24,10 @@ from retrain.types import TrainBatch
 class LossTokens:
     """The sampled tokens of whole rows, one after the other; all (N,), logprobs in nats at the training temperature.
 
-    ``old_N`` is the policy that the ratio is taken against: the sampler, or, for losses but importance_sampling with
-    ``tis_cap``, the learner as it was before the batch's first update. ``row_N`` numbers the rows from 0.
+    ``old_N`` is the policy that the ratio is taken against: for importance_sampling the sampler, for every other loss
+    the learner as it was before the batch's first update. There ``old_N`` equals ``new_N`` exactly, under dropout too,
+    so that nothing is clipped; later updates meet that learner without dropout. How far the sampler is from the learner
+    is corrected by ``tis_cap`` alone, outside of the loss, and by nothing without it. ``row_N`` numbers the rows from 0.
     """
 
     new_N: torch.Tensor

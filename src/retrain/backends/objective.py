@@ -13,7 +13,7 @@ import torch
 from retrain import plugins
 from retrain.backends.loss import LossFn, LossSettings, LossTokens, kl_estimate, settings_of
 from retrain.config.schema import Loss
-from retrain.errors import ConfigError, PluginError
+from retrain.errors import ConfigError, PluginError, RetrainError, RunError
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,9 @@ class Scored:
     """A microbatch's sampled tokens as every policy scores them, all (N,): logprobs in nats at the training temperature.
 
     ``new_N`` and ``entropy_N`` are differentiable. ``plain_N`` is ``new_N`` without dropout and gradient; ``learner_N``
-    the learner before the batch's first update, ``base_N`` the model without adapter; None where the objective needs
-    them not. ``weights_N`` are the aggregation's.
+    the learner before the batch's first update, also without dropout, ``base_N`` the model without adapter; None where
+    the objective needs them not. ``unmoved``: the batch has not moved the policy yet. ``weights_N`` are the
+    aggregation's.
     """
 
     new_N: torch.Tensor
@@ -34,6 +35,7 @@ class Scored:
     learner_N: torch.Tensor | None = None
     base_N: torch.Tensor | None = None
     entropy_N: torch.Tensor | None = None
+    unmoved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,10 @@ class Objective:
         self._loss = loss
         self._settings: LossSettings = settings_of(loss)
         self._function: LossFn = plugins.load("loss", loss.kind)
-        # importance_sampling caps its own ratio; the clipping losses keep their ratio to the learner's policy and
-        # weigh the token with the capped ratio of that policy to the sampler's.
-        self.needs_learner = loss.tis_cap > 0 and loss.kind != "importance_sampling"
+        # importance_sampling corrects for the sampler with its own ratio. Every other loss may clip, and takes its ratio
+        # against the learner: numerics, temperature and dropout part that from the sampler by more than gspo's bounds.
+        # With tis_cap it weighs the token with the capped ratio of learner to sampler as well.
+        self.needs_learner = loss.kind != "importance_sampling"
         self.needs_base = loss.kl > 0
         self.needs_entropy = loss.entropy != 0
         if 0 < loss.dual_clip <= 1:
@@ -67,12 +70,14 @@ class Objective:
         self._check_signature()
 
     def __call__(self, scored: Scored) -> tuple[torch.Tensor, Tally]:
-        """The microbatch's share of the loss, a scalar, and what to report; PluginError for a loss of a wrong shape."""
+        """The microbatch's share of the loss, a scalar, and what to report; PluginError for a loss of a wrong shape,
+        RunError for a plug-in that raises."""
         loss, old = self._loss, scored.sampler_N
         if scored.learner_N is not None:
-            old = scored.learner_N
+            # Of the same forward while nothing has moved: a ratio between two draws of dropout is noise.
+            old = scored.new_N.detach() if scored.unmoved else scored.learner_N
         tokens = LossTokens(scored.new_N, old, scored.advantages_N, scored.row_N)
-        per_token, clipped = self._checked(self._function(tokens, self._settings), tokens)
+        per_token, clipped = self._checked(self._called(tokens), tokens)
         capped = kl = None
         if loss.tis_cap:
             weight = torch.exp(
@@ -94,6 +99,17 @@ class Objective:
             None if scored.entropy_N is None else scored.entropy_N.detach(),
         )
         return (per_token * scored.weights_N).sum(), tally
+
+    def _called(self, tokens: LossTokens) -> object:
+        kind = self._loss.kind
+        if not plugins.is_own("loss", kind):
+            return self._function(tokens, self._settings)
+        try:
+            return self._function(tokens, self._settings)
+        except RetrainError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise RunError(plugins.raised("loss", kind, error), fix="correct the plug-in.") from error
 
     def _check_signature(self) -> None:
         try:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from retrain import __version__, plugins
+from retrain.adapter_settings import check_start_adapter
 from retrain.algorithms import credit
 from retrain.config.own import named_plugins
 from retrain.config.schema import Config
-from retrain.config.tables import suites
+from retrain.config.tables import suites, training_rewards
 from retrain.environments.mixture import table_tasks, training_tasks
 from retrain.environments.sources import TaskCursor, digest_of, load_tasks
 from retrain.errors import ConfigError, DataError
@@ -35,7 +36,10 @@ log = logging.getLogger("retrain")
 
 Check = Callable[[Renderer, Sequence[Task], Sequence[Task]], None]
 
-_VERSIONED = ("torch", "transformers", "peft", "numpy", "safetensors", "tokenizers")
+_VERSIONED = (
+    "torch", "transformers", "peft", "numpy", "safetensors", "tokenizers",
+    "bitsandbytes", "flash-attn", "datasets", "reasoning-gym", "math-verify",
+)  # fmt: skip
 
 
 def facts() -> dict[str, Any]:
@@ -170,6 +174,7 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
     ``check`` sees renderer, training tasks and held-out tasks before a model loads, and may refuse them.
     """
     with contextlib.ExitStack() as stack:
+        check_start_adapter(config)
         log.info("Loading tokenizer for %s ...", config.model.model)
         renderer = plugins.load("renderer", "chat")(
             config.model.model, revision=config.model.revision, template_args=config.data.template_args
@@ -232,13 +237,15 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
 
 
 def _check_bounds(config: Config, bounds: tuple[float, float] | None) -> None:
-    """ConfigError when rewards are known to leave the range that the advantage is derived for."""
+    """ConfigError when rewards of training tasks are known to leave the range that the advantage is derived for."""
     maxrl = config.algorithm.advantage_mode == "maxrl" and not config.algorithm.algorithm_mode
     if maxrl and bounds is not None and not (bounds[0] >= 0 and bounds[1] <= 1):
+        composite = "composite" in training_rewards(config)
         raise ConfigError(
             f'algorithm.advantage_mode = "maxrl" is derived for rewards in [0, 1]; these lie in '
             f"[{bounds[0]:g}, {bounds[1]:g}].",
-            fix='write advantage_mode = "grpo", or change the weights of reward.parts.',
+            fix='write advantage_mode = "grpo", or '
+            + ("change the weights of reward.parts and reward.penalty." if composite else "use another reward."),
         )
 
 
