@@ -13,7 +13,11 @@ from typing import Any, Literal
 from retrain import plugins
 from retrain.algorithms.credit import build_schedule
 from retrain.config.own import named_plugins
-from retrain.config.schema import Config
+from retrain.config.schema import Config, Sepa
+from retrain.config.tables import rewards_by_source
+from retrain.environments.arithmetic import TINY_INSTRUCTION
+from retrain.environments.procedural import INSTRUCTION
+from retrain.environments.reading import DEFAULT_INSTRUCTION
 from retrain.errors import ConfigError, PluginError, ResumeError
 from retrain.protocols import Renderer
 from retrain.tracking import layout
@@ -148,7 +152,12 @@ def check_plugins(config: Config) -> None:
 def check_resume(before: Config, now: Config) -> None:
     """ResumeError when a setting differs that changes what a step computes."""
     changed = changed_settings(before.model_dump(), now.model_dump())
-    barred = [name for name in changed if not name.startswith(NEUTRAL_ON_RESUME)]
+    neutral = NEUTRAL_ON_RESUME
+    began, given = Path(before.lora.init_from), Path(now.lora.init_from)
+    if began.name == given.name and not began.exists() and not given.exists():
+        # Where a folder stood that is gone cannot be found again; a resumed run has its own adapter.
+        neutral = (*neutral, "lora.init_from")
+    barred = [name for name in changed if not name.startswith(neutral)]
     if barred:
         raise ResumeError(
             f"the run that is to be resumed has other settings: {', '.join(barred)}.",
@@ -250,19 +259,21 @@ def advice(
         found.append(
             "top_p < 1 samples from a truncated policy; logprobs and the ratio describe the whole one."
         )
-    seen = {t.messages for t in tasks}
-    leaked = sum(t.messages in seen for t in held_out)
+    seen = {key for t in tasks for key in _same_problem(config, t)}
+    leaked = sum(not seen.isdisjoint(_same_problem(config, t)) for t in held_out)
     if leaked:
         found.append(
             f"{leaked} of {len(held_out)} evaluation tasks are training tasks as well: their accuracy is not held out."
         )
-    if config.reward.type == "match":
-        odd = sum(re.fullmatch(r"-?\d+", t.reference.strip()) is None for t in tasks)
-        if odd > 0.05 * len(tasks):
-            found.append(
-                f"{odd / len(tasks):.0%} of the references are not plain integers: match misses equal answers that are "
-                'written differently; reward.type = "math" compares their values.'
-            )
+    by_source = rewards_by_source(config)
+    matched = [t for t in tasks if by_source.get(t.source, config.reward.type) == "match"]
+    odd = sum(re.fullmatch(r"-?\d+", t.reference.strip()) is None for t in matched)
+    if odd > 0.05 * len(matched):
+        key = "reward.type" if config.reward.type == "match" else "reward"
+        found.append(
+            f"{odd / len(matched):.0%} of the references are not plain integers: match misses equal answers that are "
+            f'written differently; {key} = "math" compares their values.'
+        )
     if config.algorithm.transform_mode.startswith("gtpo_sepa") and not config.algorithm.algorithm_mode:
         steps = config.training.max_steps
         first, middle, last = build_schedule(config).linear_lambdas([0, steps // 2, steps - 1])
@@ -271,4 +282,36 @@ def advice(
                 f"SEPA's lambda is {first:.2f}, {middle:.2f} and {last:.2f} at the first, middle and last step (sepa.delay_steps "
                 f"= {config.sepa.delay_steps}, sepa.steps = {config.sepa.steps}): the run stays close to plain gtpo."
             )
+    return [*found, *_idle_advice(config)]
+
+
+def _idle_advice(config: Config) -> list[str]:
+    """What does nothing, where only a plug-in or the disk can tell."""
+    found: list[str] = []
+    mode = config.algorithm.algorithm_mode
+    kind, name = ("algorithm", mode) if mode else ("transform", config.algorithm.transform_mode)
+    default = Sepa()
+    changed = [f"sepa.{k}" for k in Sepa.model_fields if getattr(config.sepa, k) != getattr(default, k)]
+    if changed and plugins.is_own(kind, name) and not getattr(plugins.load(kind, name), "uses_sepa", False):
+        verb = "does" if len(changed) == 1 else "do"
+        found.append(
+            f"{', '.join(changed)} {verb} nothing: {kind} {name!r} has no attribute uses_sepa = True, which asks for "
+            "the schedule."
+        )
+    if config.model.revision and Path(config.model.model).is_dir():
+        found.append(f"model.revision does nothing: {config.model.model} is a local folder, used as it is.")
     return found
+
+
+def _same_problem(config: Config, task: Task) -> tuple[object, object]:
+    """Two keys of which equal tasks share at least one: what the model reads, and the question without system message
+    and instruction, with its reference."""
+    tables = (*config.data.mixture, *config.eval.suites)
+    own = [config.data.instruction, *(str(t.get("instruction") or "") for t in tables)]
+    text = "\n".join(m.content for m in task.messages if m.role != "system").strip()
+    for instruction in sorted({*own, DEFAULT_INSTRUCTION, TINY_INSTRUCTION, INSTRUCTION}, key=len, reverse=True):
+        rest = text.removesuffix(instruction.strip()).strip()
+        if rest and rest != text:
+            text = rest
+            break
+    return task.messages, (text, task.reference.strip())

@@ -162,7 +162,8 @@ def _save_adapter(config: Config, directory: Path, parts: Parts) -> None:
 
 def _anchored(config: Config, toml: Path | None) -> Config:
     """Paths of inputs made absolute, looked for beside the TOML and then in the working directory, so that the
-    recorded configuration finds them from any folder; ids of models and what does not exist stay as they are."""
+    recorded configuration finds them from any folder; ids of models and what does not exist stay as they are, but for
+    ``lora.init_from``: a folder in any case, which may be gone when the run is resumed."""
 
     def anchor(value: str) -> str:
         # What cannot be looked at is left to the part that reads it, which names it in its error.
@@ -181,7 +182,11 @@ def _anchored(config: Config, toml: Path | None) -> Config:
             if isinstance(table.get("path"), str):
                 table["path"] = anchor(table["path"])
         config = _with(config, section, **{key: tuple(tables)})
-    config = _with(config, "lora", init_from=anchor(config.lora.init_from))
+    init_from = anchor(config.lora.init_from)
+    with contextlib.suppress(OSError, RuntimeError):
+        if init_from:
+            init_from = str(((toml.parent if toml else Path.cwd()) / Path(init_from).expanduser()).resolve())
+    config = _with(config, "lora", init_from=init_from)
     config = _with(config, "planning", model=anchor(config.planning.model))
     if not config.model.model.startswith("retrain/"):
         config = _with(config, "model", model=anchor(config.model.model))

@@ -176,7 +176,26 @@ def test_flash_attention_on_the_cpu_is_refused() -> None:
             'loss.kind = "ppo" clips nothing with training.updates_per_batch = 1',
         ),
         ({"training": {"updates_per_batch": 2}}, "nothing bounds the ratio of the later updates"),
-        ({"loss": {"tis_cap": 2.0}}, "loss.tis_cap caps nothing with the in-process engine"),
+        (
+            {"loss": {"tis_cap": 2.0}},
+            "loss.tis_cap caps nothing with the in-process engine: it compares the learner before the update",
+        ),
+        (
+            {"loss": {"kind": "ppo", "tis_cap": 2.0}, "training": {"updates_per_batch": 4}},
+            "loss.tis_cap caps nothing with the in-process engine",
+        ),
+        (
+            {"algorithm": {"transform_mode": "none", "uncertainty_kind": "entropy"}, "logging": {"generations": 0}},
+            'algorithm.uncertainty_kind does nothing with algorithm.transform_mode = "none".',
+        ),
+        (
+            {"reward": {"correct_at": 0.3}, "eval": {"suites": [{"source": "gsm8k", "reward": "math"}]}},
+            "reward.correct_at does nothing with the rewards in use: match, math.",
+        ),
+        (
+            {"reward": {"type": "math"}, "data": {"source": "mixture", "mixture": [{"source": "gsm8k", "reward": "match"}]}},
+            "reward.type does nothing with tables that all name a reward of their own.",
+        ),
         ({"loss": {"kl": 0.1, "kl_kind": "k1"}}, "its gradient is zero on average"),
         ({"lora": {"dropout": 0.1}}, "measured with dropout off"),
         ({"training": {"max_oversample": 2.0}}, "max_oversample does nothing with training.min_signal = 0.0"),
@@ -194,8 +213,133 @@ def test_settings_that_do_nothing_are_announced(source: dict[str, Any], announce
     assert announcement in announced[0]
 
 
-def test_nothing_is_announced_without_a_reason() -> None:
-    assert load(BASE).announcements == ()
+@pytest.mark.parametrize(
+    "source",
+    [
+        BASE,
+        {**BASE, "loss": {"tis_cap": 2.0}, "training": {"updates_per_batch": 2}},
+        {**BASE, "algorithm": {"transform_mode": "none", "uncertainty_kind": "entropy"}},
+        {**BASE, "reward": {"timeout_s": 5.0}, "eval": {"suites": [{"source": "gsm8k", "reward": "math"}]}},
+        {
+            "data": {"source": "mixture", "mixture": [{"source": "arithmetic", "reward": "mine.reward"}]},
+            "reward": {"timeout_s": 5.0, "correct_at": 1.5},
+        },
+        {
+            "data": {"source": "mixture", "mixture": [{"source": "arithmetic", "reward": "math"}, {"source": "gsm8k"}]},
+            "reward": {"type": "match", "timeout_s": 5.0},
+        },
+        {
+            "data": {"source": "mixture", "mixture": [{"source": "arithmetic", "reward": "math"}]},
+            "reward": {"type": "match"},
+            "eval": {"source": "arithmetic"},
+        },
+        {**BASE, "reward": {"type": "composite", "penalty": -1.0, "parts": [{"type": "match", "gate": True}]}},
+        {**BASE, "algorithm": {"algorithm_mode": "mine.x", "params": {"a": 1}}},
+    ],
+)
+def test_nothing_is_announced_without_a_reason(source: dict[str, Any]) -> None:
+    assert load(source).announcements == ()
+
+
+def test_rewards_of_unused_names_do_not_count() -> None:
+    """reward.type is no reward in use where every table names its own and nothing else is evaluated."""
+    source = {
+        "data": {"source": "mixture", "mixture": [{"source": "gsm8k", "reward": "match"}]},
+        "reward": {"type": "math", "timeout_s": 5.0},
+    }
+    assert any("reward.timeout_s does nothing with the rewards in use: match." in a for a in load(source).announcements)
+    evaluated = load({**source, "eval": {"source": "arithmetic"}}).announcements
+    assert evaluated == ()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"data": {"source": "mine.tasks", "levels": [3], "fields": {"prompt": "p"}, "subset": "x", "size": 5, "path": "p"}},
+        {"data": {"source": "gsm8k", "levels": [3], "fields": {"prompt": "p"}}, "eval": {"source": "mine.tasks"}},
+        {"data": {"source": "gsm8k"}, "eval": {"source": "mine.tasks", "levels": [3], "path": "p"}},
+        {"data": {"source": "mixture", "mixture": [{"source": "mine.tasks", "levels": [3], "fields": {"prompt": "p"}}]}},
+    ],
+)
+def test_a_source_of_ones_own_reads_any_key_of_its_section(source: dict[str, Any]) -> None:
+    assert load(source).announcements == ()
+
+
+def test_fields_of_ones_own_stay_wrong_where_a_built_in_source_reads_them() -> None:
+    data = {"source": "jsonl", "path": "x.jsonl", "fields": {"prompt": "p"}}
+    for held_out in ({}, {"source": "mine.tasks"}):
+        with pytest.raises(ConfigError, match=r"data\.fields\.prompt is not one of our fields"):
+            load({"data": data, "eval": held_out})
+
+
+@pytest.mark.parametrize("key", ["advantage_params", "transform_params"])
+def test_parameters_of_modes_that_an_algorithm_replaces_are_refused(key: str) -> None:
+    modes = {"algorithm_mode": "mine.x", "advantage_mode": "mine.a", "transform_mode": "mine.t"}
+    with pytest.raises(ConfigError) as caught:
+        load({**BASE, "algorithm": {**modes, key: {"a": 1}}})
+    assert str(caught.value).count(f"algorithm.{key} does nothing with algorithm.algorithm_mode") == 1
+
+
+def test_a_penalty_without_a_gate_is_refused() -> None:
+    reward = {"type": "composite", "penalty": -1.0, "parts": [{"type": "match"}]}
+    with pytest.raises(ConfigError, match=r"reward\.penalty does nothing with parts of which none is a gate"):
+        load({**BASE, "reward": reward})
+
+
+def test_quantization_in_fp32_is_refused() -> None:
+    source = {**BASE, "model": {"quantization": "nf4"}, "inference": {"dtype": "bf16"}}
+    load(source)
+    with pytest.raises(ConfigError, match=r'inference\.dtype = "fp32"'):
+        load({**source, "inference": {"dtype": "fp32"}})
+
+
+READS = {
+    "arithmetic": {"levels"},
+    "gsm8k": {"path"},
+    "math": {"path", "subjects"},
+    "jsonl": {"path", "fields"},
+    "hf": {"path", "subset", "fields"},
+    "reasoning_gym": {"generators", "size", "seed"},
+}
+VALUES: dict[str, Any] = {
+    "path": "x", "subset": "x", "levels": [3], "subjects": ["algebra"], "fields": {"question": "q"},
+    "generators": {"gcd": {}}, "size": 4, "seed": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "reads"), READS.items())
+@pytest.mark.parametrize(("key", "value"), VALUES.items())
+def test_a_table_refuses_what_its_source_does_not_read_as_data_does(
+    source: str, reads: set[str], key: str, value: Any
+) -> None:
+    needed = {"path": "x"} if "path" in reads else {}
+    table = {**needed, "source": source, key: value}
+    for place, sections in (
+        ("data.mixture[0]", {"data": {"source": "mixture", "mixture": [table]}}),
+        ("eval.suites[0]", {**BASE, "eval": {"suites": [table]}}),
+        ("data", {"data": table}),
+    ):
+        if key in reads:
+            assert not [a for a in load(sections).announcements if "does nothing" in a]
+            continue
+        with pytest.raises(ConfigError) as caught:
+            load(sections)
+        (line,) = str(caught.value).splitlines()
+        name = "source" if "[" in place else "data.source"
+        assert f'{place}.{key} does nothing with {name} = "{source}". Fix: remove it, or change {name}.' in line
+
+
+def test_a_default_that_a_table_states_in_vain_is_announced() -> None:
+    table = {"source": "gsm8k", "size": 1000}
+    (said,) = load({"data": {"source": "mixture", "mixture": [table]}}).announcements
+    assert said == 'data.mixture[0].size does nothing with source = "gsm8k".'
+
+
+def test_a_single_file_has_no_splits() -> None:
+    table = {"source": "jsonl", "path": "x.jsonl", "split": "dev"}
+    with pytest.raises(ConfigError, match=r'eval\.suites\[0\]\.split does nothing with path = "x\.jsonl"'):
+        load({**BASE, "eval": {"suites": [table]}})
+    load({**BASE, "eval": {"suites": [{**table, "path": "folder"}]}})
 
 
 def test_shannon_entropy_needs_the_in_process_engine() -> None:

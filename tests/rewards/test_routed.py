@@ -127,6 +127,37 @@ def test_a_reward_of_ones_own_by_its_dotted_path(build, score_all, tmp_path, mon
     reward.close()
 
 
+class Wide(Fixed):
+    bounds = (-1.0, 2.0)
+
+
+class Silent(Fixed):
+    bounds = None
+
+
+@pytest.mark.parametrize(
+    ("training", "bounds"),
+    [
+        ([Fixed()], (0.0, 1.0)),
+        ([Fixed(), Wide()], (-1.0, 2.0)),
+        ([Silent(), Wide()], (-1.0, 2.0)),
+        ([Silent()], None),
+    ],
+)
+def test_bounds_are_what_is_known_of_training_rewards(training, bounds):
+    assert Routed(Wide(), {"held out": Wide()}, training).bounds == bounds
+
+
+def test_a_default_that_only_evaluations_use_has_no_say_in_the_bounds(build):
+    parts = {"type": "composite", "parts": [{"type": "match", "weight": 2.0}]}
+    own = {"source": "mixture", "mixture": [{"source": "gsm8k", "reward": "math"}]}
+    assert build(data=own, reward=parts, eval={"source": "arithmetic"}).bounds == (0.0, 1.0)
+    mixed = {"source": "mixture", "mixture": [*own["mixture"], {"source": "arithmetic"}]}
+    assert build(data=mixed, reward=parts).bounds == (0.0, 2.0)
+    suites = [{"source": "gsm8k", "name": "words", "reward": "math"}]
+    assert build(reward=parts, eval={"suites": suites}).bounds == (0.0, 2.0)
+
+
 def test_the_soft_punishment_is_a_part_and_comes_after_what_is_correct(build, score_all, make_rollout):
     reward = build(training={"truncated": "soft", "max_tokens": 20, "soft_tokens": 10})
     texts = [r"\boxed{5}", r"\boxed{5}", r"\boxed{5}", "no"]

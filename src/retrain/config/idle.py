@@ -11,6 +11,7 @@ from retrain.config import names
 from retrain.config.fields import literal, settings
 from retrain.config.problems import KeyPath, Problem
 from retrain.config.schema import Config
+from retrain.config.tables import used_rewards
 
 
 def get(config: Config, key: str) -> Any:
@@ -44,26 +45,36 @@ class _Idle:
     """Settings that do nothing while ``when`` holds; ``refuse`` makes a value but the default an error.
 
     A key that the user emptied (``eval.source = ""``) was switched off on purpose: then nothing is refused.
+    ``state`` says what holds where the value of ``because`` does not say it.
     """
 
     keys: tuple[str, ...]
     when: Callable[[Config], bool]
     because: str
     refuse: bool = True
+    state: Callable[[Config], str] | None = None
 
 
 def _section(name: str, *without: str) -> tuple[str, ...]:
     return tuple(k for k in settings() if k.startswith(f"{name}.") and k not in without)
 
 
-def _built_source(config: Config) -> bool:
-    """False where a source of one's own may read any key of [data]."""
-    return config.data.source in names.BUILT["source"]
+def own_source(config: Config) -> bool:
+    """True where a source of one's own may read any key of [data], from which that of [eval] inherits."""
+    return any(s and s not in names.BUILT["source"] for s in (config.data.source, config.eval.source))
+
+
+def _rewards(config: Config) -> str:
+    """The rewards in use, as a state."""
+    used = used_rewards(config)
+    if used == frozenset({config.reward.type}):
+        return f"reward.type = {literal(config.reward.type)}"
+    return f"the rewards in use: {', '.join(sorted(used))}"
 
 
 def _idle_rules() -> tuple[_Idle, ...]:
-    def arithmetic_only(c: Config) -> bool:
-        return c.data.source != "arithmetic" and c.eval.source != "arithmetic"
+    def no_levels(c: Config) -> bool:
+        return not uses(c, "arithmetic") and not own_source(c)
 
     def uses(c: Config, *sources: str) -> bool:
         return c.data.source in sources or c.eval.source in sources
@@ -72,19 +83,22 @@ def _idle_rules() -> tuple[_Idle, ...]:
         mode = c.algorithm.algorithm_mode or c.algorithm.transform_mode
         return mode.startswith("gtpo_sepa") or mode not in names.BUILT["transform"]
 
+    def plain(c: Config) -> bool:
+        return not c.algorithm.algorithm_mode and c.algorithm.transform_mode == "none"
+
     return (
-        _Idle(("data.levels",), arithmetic_only, "data.source"),
+        _Idle(("data.levels",), no_levels, "data.source"),
         _Idle(
             ("data.path",),
             lambda c: c.data.source in ("arithmetic", "reasoning_gym", "mixture"),
             "data.source",
         ),
-        _Idle(("data.fields",), lambda c: not uses(c, "jsonl", "hf") and _built_source(c), "data.source"),
-        _Idle(("data.subjects",), lambda c: not uses(c, "math") and _built_source(c), "data.source"),
-        _Idle(("data.subset",), lambda c: not uses(c, "hf") and _built_source(c), "data.source"),
+        _Idle(("data.fields",), lambda c: not uses(c, "jsonl", "hf") and not own_source(c), "data.source"),
+        _Idle(("data.subjects",), lambda c: not uses(c, "math") and not own_source(c), "data.source"),
+        _Idle(("data.subset",), lambda c: not uses(c, "hf") and not own_source(c), "data.source"),
         _Idle(
             ("data.generators", "data.size", "data.seed"),
-            lambda c: not uses(c, "reasoning_gym") and _built_source(c),
+            lambda c: not uses(c, "reasoning_gym") and not own_source(c),
             "data.source",
         ),
         _Idle(("data.mixture",), lambda c: c.data.source != "mixture", "data.source"),
@@ -106,7 +120,11 @@ def _idle_rules() -> tuple[_Idle, ...]:
             lambda c: not c.eval.source and not c.eval.suites,
             "eval.source",
         ),
-        _Idle(("eval.levels",), lambda c: c.eval.source not in ("", "arithmetic"), "eval.source"),
+        _Idle(
+            ("eval.levels",),
+            lambda c: c.eval.source in names.BUILT["source"] and c.eval.source != "arithmetic",
+            "eval.source",
+        ),
         _Idle(("eval.path",), lambda c: c.eval.source in ("arithmetic", "reasoning_gym"), "eval.source"),
         _Idle(
             ("reward.custom_module", "reward.custom_function"),
@@ -114,22 +132,31 @@ def _idle_rules() -> tuple[_Idle, ...]:
             "reward.type",
         ),
         _Idle(
+            ("reward.type",),
+            lambda c: c.reward.type not in used_rewards(c),
+            "data.mixture",
+            refuse=False,
+            state=lambda c: "tables that all name a reward of their own",
+        ),
+        _Idle(
             ("reward.timeout_s",),
-            lambda c: c.reward.type == "match",
+            lambda c: used_rewards(c) <= {"match"},
             "reward.type",
             refuse=False,
+            state=_rewards,
         ),
         _Idle(
-            ("reward.isolate",),
-            lambda c: c.reward.type in ("match", "math", "reasoning_gym"),
+            ("reward.isolate", "reward.correct_at"),
+            lambda c: used_rewards(c) <= {"match", "math", "reasoning_gym"},
             "reward.type",
             refuse=False,
+            state=_rewards,
         ),
         _Idle(
-            ("reward.correct_at",),
-            lambda c: c.reward.type in ("match", "math", "reasoning_gym"),
-            "reward.type",
-            refuse=False,
+            ("reward.penalty",),
+            lambda c: c.reward.type == "composite" and not any(part.get("gate") for part in c.reward.parts),
+            "reward.parts",
+            state=lambda c: "parts of which none is a gate",
         ),
         _Idle(("reward.parts", "reward.penalty"), lambda c: c.reward.type != "composite", "reward.type"),
         _Idle(("reward.judge_model",), lambda c: c.reward.type != "judge", "reward.type"),
@@ -140,13 +167,27 @@ def _idle_rules() -> tuple[_Idle, ...]:
         ),
         _Idle(("algorithm.params",), lambda c: not c.algorithm.algorithm_mode, "algorithm.algorithm_mode"),
         _Idle(
+            ("algorithm.advantage_params", "algorithm.transform_params"),
+            lambda c: bool(c.algorithm.algorithm_mode),
+            "algorithm.algorithm_mode",
+        ),
+        _Idle(
+            ("algorithm.uncertainty_kind",),
+            # Where generations are written, they show it token by token.
+            lambda c: plain(c) and not c.logging.generations,
+            "algorithm.transform_mode",
+            refuse=False,
+        ),
+        _Idle(
             ("algorithm.advantage_params",),
-            lambda c: c.algorithm.advantage_mode in names.BUILT["advantage"],
+            lambda c: not c.algorithm.algorithm_mode
+            and c.algorithm.advantage_mode in names.BUILT["advantage"],
             "algorithm.advantage_mode",
         ),
         _Idle(
             ("algorithm.transform_params",),
-            lambda c: c.algorithm.transform_mode in names.BUILT["transform"]
+            lambda c: not c.algorithm.algorithm_mode
+            and c.algorithm.transform_mode in names.BUILT["transform"]
             and c.algorithm.transform_mode != "entropy_mask",
             "algorithm.transform_mode",
         ),
@@ -243,7 +284,7 @@ def findings(config: Config) -> Iterator[Problem]:
         switched_off = is_given(config, rule.because) and not get(config, rule.because)
         refuse = rule.refuse and not switched_off
         meant = [key for key in given if refuse and get(config, key) != settings()[key].default]
-        state = f"{rule.because} = {literal(get(config, rule.because))}"
+        state = rule.state(config) if rule.state else f"{rule.because} = {literal(get(config, rule.because))}"
         for key in meant:
             yield Problem(
                 path_of(key),

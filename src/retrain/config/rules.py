@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from retrain.config import names, own
 from retrain.config.fields import literal
-from retrain.config.idle import findings, get, path_of, stated
+from retrain.config.idle import findings, get, own_source, path_of, stated
 from retrain.config.problems import Problem, dotted
 from retrain.config.schema import Config
 from retrain.config.tables import check_tables
@@ -151,7 +151,9 @@ def _combinations(config: Config) -> Iterator[Problem]:
             'reward.type = "custom" needs reward.custom_module.',
             'name your module, for example custom_module = "my_rewards".',
         )
-    for name in config.data.fields:
+    # A source of one's own has fields of its own, which only the built-in ones that read fields refuse.
+    own_fields = own_source(config) and not {config.data.source, config.eval.source} & {"jsonl", "hf"}
+    for name in () if own_fields else config.data.fields:
         if name not in ("question", "answer", "id"):
             yield Problem(
                 ("data", "fields", name),
@@ -277,7 +279,7 @@ def _updates(config: Config) -> Iterator[Problem]:
             because="training.updates_per_batch",
             note=True,
         )
-    if loss.kind == "importance_sampling" and updates > 1:
+    if loss.kind == "importance_sampling" and updates > 1 and loss.tis_cap == 0:
         yield Problem(
             ("training", "updates_per_batch"),
             f"training.updates_per_batch = {updates} with loss.kind = \"importance_sampling\": nothing bounds the ratio of "
@@ -285,10 +287,12 @@ def _updates(config: Config) -> Iterator[Problem]:
             because="loss.kind",
             note=True,
         )
-    if loss.tis_cap and config.inference.engine == "pytorch" and updates == 1:
+    first = updates == 1 or loss.kind != "importance_sampling"
+    if loss.tis_cap and config.inference.engine == "pytorch" and first:
         yield Problem(
             ("loss", "tis_cap"),
-            "loss.tis_cap caps nothing with the in-process engine and one update per batch: sampler and learner agree.",
+            "loss.tis_cap caps nothing with the in-process engine: it compares the learner before the update with the "
+            "sampler, which agree here.",
             because="inference.engine",
             note=True,
         )
@@ -306,6 +310,13 @@ def _updates(config: Config) -> Iterator[Problem]:
             "model, and are not tested.",
             'leave it empty, or write backend.devices = "gpu:0".',
             because="backend.devices",
+        )
+    if config.model.quantization and config.inference.dtype == "fp32":
+        yield Problem(
+            ("model", "quantization"),
+            f'{stated(config, "model.quantization")} computes in bf16, and inference.dtype = "fp32".',
+            'write inference.dtype = "bf16", or leave quantization empty.',
+            because="inference.dtype",
         )
     if config.lora.dropout:
         yield Problem(

@@ -140,7 +140,7 @@ class Training(Section):
         default="constant", description="Learning rate after the warm-up: constant, linear or cosine."
     )
     lr_final_share: Share = Field(
-        default=0.0, description="Share of lr that linear and cosine end at, in the last step."
+        default=0.0, description="Share of lr that linear and cosine approach at the end: what step max_steps would have."
     )
     updates_per_batch: Size = Field(
         default=1, description="Optimizer updates per step, each over the whole batch."

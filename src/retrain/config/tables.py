@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from retrain.config.problems import KeyPath, Problem
+from retrain.config.fields import literal
+from retrain.config.problems import KeyPath, Problem, dotted
 from retrain.config.ranges import (
     Count,
     Levels,
@@ -27,6 +28,19 @@ from retrain.config.ranges import (
 from retrain.config.schema import Config, Section
 
 T = TypeVar("T", bound=Section)
+
+_OF_SOURCES = ("path", "subset", "levels", "subjects", "fields", "generators", "size", "seed")
+"""Keys of a source's table that not every source reads."""
+
+_READ: Mapping[str, tuple[str, ...]] = {
+    "arithmetic": ("levels",),
+    "gsm8k": ("path",),
+    "math": ("path", "subjects"),
+    "jsonl": ("path", "fields"),
+    "hf": ("path", "subset", "fields"),
+    "reasoning_gym": ("generators", "size", "seed"),
+}
+"""Those that each built-in source reads; one of the user's own may read any."""
 
 
 class SourceTable(Section):
@@ -120,6 +134,25 @@ def parts(config: Config) -> tuple[PartTable, ...]:
     return tuple(PartTable.model_validate(table) for table in config.reward.parts)
 
 
+def rewards_by_source(config: Config) -> dict[str, str]:
+    """Label of a source -> the reward that its table names for its tasks; the other sources have ``reward.type``."""
+    tables = (*(config.data.mixture if config.data.source == "mixture" else ()), *config.eval.suites)
+    return {str(t.get("name") or t.get("source")): str(t["reward"]) for t in tables if t.get("reward")}
+
+
+def training_rewards(config: Config) -> frozenset[str]:
+    """Names of the rewards that score training tasks."""
+    tables = config.data.mixture if config.data.source == "mixture" else ()
+    return frozenset(str(t.get("reward") or config.reward.type) for t in tables or ({},))
+
+
+def used_rewards(config: Config) -> frozenset[str]:
+    """Names of the rewards that score training or evaluation tasks."""
+    held_out = [str(t.get("reward") or config.reward.type) for t in config.eval.suites]
+    held_out += [config.reward.type] if config.eval.source else []
+    return training_rewards(config).union(held_out)
+
+
 def check_tables(config: Config) -> Iterator[Problem]:
     """What is wrong inside the tables of the three arrays, key by key."""
     yield from _check(("data", "mixture"), config.data.mixture, MixtureTable)
@@ -131,11 +164,14 @@ def _check(path: KeyPath, tables: Sequence[Mapping[str, Any]], model: type[T]) -
     labels: dict[str, int] = {}
     for index, table in enumerate(tables):
         try:
-            label = str(getattr(model.model_validate(table), "label"))  # noqa: B009  every model here has one
+            checked = model.model_validate(table)
         except ValidationError as error:
             for detail in error.errors():
                 yield _problem((*path, index), model, detail["loc"], detail["msg"], detail["type"])
             continue
+        if isinstance(checked, SourceTable):
+            yield from _idle((*path, index), checked)
+        label = str(getattr(checked, "label"))  # noqa: B009  every model here has one
         if label in labels:
             yield Problem(
                 (*path, index),
@@ -145,6 +181,25 @@ def _check(path: KeyPath, tables: Sequence[Mapping[str, Any]], model: type[T]) -
         if "/" in label or not label.isprintable() or not label.strip():
             yield Problem((*path, index, "name"), f"{label!r} cannot name a curve.", "use a plain word.")
         labels[label] = index
+
+
+def _idle(path: KeyPath, table: SourceTable) -> Iterator[Problem]:
+    """The keys of a table that its source does not read: refused, but announced where they hold the default."""
+    if table.source not in _READ:
+        return
+    unread = {key: "source" for key in _OF_SOURCES if key not in _READ[table.source]}
+    if table.source == "jsonl" and table.path.endswith(".jsonl"):
+        unread["split"] = "path"
+    fields = type(table).model_fields
+    for key, because in unread.items():
+        if key not in table.model_fields_set:
+            continue
+        said = f"{dotted((*path, key))} does nothing with {because} = {literal(getattr(table, because))}."
+        default: Any = fields[key].get_default(call_default_factory=True)  # pyright: ignore[reportCallIssue]
+        if getattr(table, key) == default:
+            yield Problem((*path, key), said, note=True)
+        else:
+            yield Problem((*path, key), said, f"remove it, or change {because}.")
 
 
 def _problem(

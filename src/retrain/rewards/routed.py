@@ -25,13 +25,19 @@ _OWN = ("match", "math", "reasoning_gym")
 
 
 class Routed:
-    """Scores every task by the reward of its source: ``by_source``, else ``default``."""
+    """Scores every task by the reward of its source: ``by_source``, else ``default``.
 
-    def __init__(self, default: Reward, by_source: Mapping[str, Reward]) -> None:
+    ``bounds`` spans the known ranges of ``training``, the rewards of training tasks (None: all of them); one that does
+    not say its range may leave it.
+    """
+
+    def __init__(
+        self, default: Reward, by_source: Mapping[str, Reward], training: Sequence[Reward] | None = None
+    ) -> None:
         self._default = default
         self._by_source = dict(by_source)
         self._all: list[Reward] = list({id(r): r for r in (default, *self._by_source.values())}.values())
-        self.bounds = _hull([bounds_of(r) for r in self._all])
+        self.bounds = _hull([bounds_of(r) for r in (self._all if training is None else training)])
         self.code_digest = digest_of(self._all)
 
     @property
@@ -103,7 +109,7 @@ class Punished:
 
 def _hull(bounds: Sequence[Bounds]) -> Bounds:
     known = [b for b in bounds if b is not None]
-    if len(known) < len(bounds):
+    if not known:
         return None
     return min(low for low, _ in known), max(high for _, high in known)
 
@@ -122,12 +128,13 @@ def build(config: Config, renderer: Renderer) -> Reward:
                 made.callback(close, built[name])
         reward = built[config.reward.type]
         if names:
-            reward = Routed(reward, {label: built[name] for label, name in names.items()})
-        training = config.training
-        if training.truncated == "soft":
-            cache = cache_tokens(training.soft_tokens, training.max_tokens, "training.soft_tokens")
+            training = [built[name] for name in sorted(tables.training_rewards(config))]
+            reward = Routed(reward, {label: built[name] for label, name in names.items()}, training)
+        settings = config.training
+        if settings.truncated == "soft":
+            cache = cache_tokens(settings.soft_tokens, settings.max_tokens, "training.soft_tokens")
             reward = Punished(
-                reward, max_tokens=training.max_tokens, cache=cache, correct_at=config.reward.correct_at
+                reward, max_tokens=settings.max_tokens, cache=cache, correct_at=config.reward.correct_at
             )
         made.pop_all()
         return reward
