@@ -221,7 +221,7 @@ class TransformContext(Protocol):
 BatchAdvantageFn: TypeAlias = Callable[[Sequence[Float64Array]], Sequence[Float64Array]]
 """An advantage over all groups of a step, marked by the attribute ``batch_level = True``.
 
-rewards_P_G -> advantages_P_G: one array per group, of the group's valid members; groups may be empty, and one
+rewards_P_G -> advantages_P_G: one array per group, of the group's valid members; no group is empty, and one
 whose rewards are all equal gets exactly 0. Permutation-equivariant in the groups and in their members.
 """
 

@@ -275,7 +275,7 @@ def _updates(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("loss", "kind"),
             f"loss.kind = {literal(loss.kind)} clips nothing with training.updates_per_batch = 1: the ratio of the only "
-            "update is 1, up to numerics.",
+            "update is 1.",
             because="training.updates_per_batch",
             note=True,
         )

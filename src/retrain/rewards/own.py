@@ -40,7 +40,7 @@ class OwnReward:
             given = cast("object", await self._reward.score(task, rollouts_G))
         except RetrainError:
             raise
-        except Exception as error:  # noqa: BLE001  whatever the user's code raises is data
+        except (Exception, SystemExit) as error:  # noqa: BLE001  whatever the user's code raises is data
             answer = calling.failure(error)
             self._first_traceback = self._first_traceback or answer.traceback
             return [Score.failed(answer.error) for _ in rollouts_G]

@@ -114,7 +114,7 @@ class RunLog:
             try:
                 if method == "log" or hasattr(sink, method):
                     getattr(sink, method)(*arguments)
-            except Exception as error:  # noqa: BLE001 - a tracker that fails late must not end a training run
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a tracker that fails late must not end a training run
                 log.warning("%s failed and is off for the rest of the run: %s", type(sink).__name__, error)
                 self._sinks.remove(sink)
 
@@ -227,7 +227,7 @@ class RunLog:
         for sink in self._sinks:
             try:
                 sink.close()
-            except Exception as error:  # noqa: BLE001 - as in _to_sinks
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - as in _to_sinks
                 log.warning("%s failed to close: %s", type(sink).__name__, error)
         self._sinks = []
 
