@@ -112,6 +112,8 @@ def page(results: list[dict]) -> str:
     ]
     for name, flags in METHODS.items():
         rows = sorted((r for r in results if r["method"] == name), key=lambda r: r["seed"])
+        if not rows:
+            continue
         after = ", ".join(f"{r['after']:.1%}" for r in rows)
         gain = 100 * min(r["after"] - r["before"] for r in rows)
         before = statistics.fmean(r["before"] for r in rows)
