@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from retrain import plugins, preflight
+from retrain import export_folder, plugins, preflight
 from retrain.algorithms.credit import correct
 from retrain.config.schema import Config
 from retrain.environments.arithmetic import TINY_INSTRUCTION
@@ -27,7 +27,7 @@ from retrain.environments.sources import digest_of
 from retrain.errors import ModelError, RunError, UsageError
 from retrain.protocols import Renderer
 from retrain.renderer import model_path
-from retrain.subject import Subject
+from retrain.subject import Subject, is_text
 from retrain.training.build import evaluator, facts, sampling_of
 from retrain.training.rollout import EventLoop, RewardErrors, collect
 from retrain.types import Completion, IntArray, Message, NoiseKey, SharedWeights, Task
@@ -308,7 +308,10 @@ class Talker:
         return [*system, Message("user", prompt + self._instruction)]
 
     def answers(self, messages: Sequence[Message] | str, n: int) -> list[Answer]:
-        """``n`` answers to a conversation, or continuations of a bare text."""
+        """``n`` answers to a conversation, or continuations of a bare text; UsageError for one that cannot be asked."""
+        for text in [messages] if isinstance(messages, str) else [m.content for m in messages]:
+            if not is_text(text):
+                raise UsageError("the prompt is not valid UTF-8.", fix="correct its bytes.")
         try:
             prompt = (
                 self._renderer.encode_text(messages)
@@ -334,7 +337,7 @@ class Talker:
             if len(prompt) >= context:
                 raise UsageError(
                     f"the prompt has {len(prompt)} tokens, and the model {context} positions.",
-                    fix="shorten it, or /reset.",
+                    fix="shorten it.",
                 )
             sampling = replace(sampling, max_tokens=min(sampling.max_tokens, context - len(prompt)))
         noise = NoiseKey(self.config.training.seed, SAMPLE_STEP, self._draws)
@@ -416,49 +419,36 @@ def task_of(subject: Subject, config: Config, wanted: str | int) -> Task:
     )
 
 
-_REPLACED = ("adapter_config.json", "adapter_model.safetensors", "*.safetensors", "*.safetensors.index.json")
-"""What an earlier export may have left in a folder and a new one must not stand beside."""
-
-
 def export(
     subject: Subject, config: Config, output: Path, *, merged: bool, dtype: str, overwrite: bool
 ) -> dict[str, Any]:
     """Write the subject's adapter, or base and adapter merged, into ``output``; says what was written and how to load it.
 
-    A folder that holds something is refused; with ``overwrite`` its weights are replaced and other files stay.
+    A folder that holds something is refused; with ``overwrite`` the files of an earlier export, which its marker lists, are
+    replaced and others stay.
     """
     if subject.adapter is None:
         raise UsageError(
             f"{subject.title} has no adapter to export.", fix="name a run directory or an adapter folder."
         )
     output = preflight.expanded(str(output), "--output").absolute()
-    mine = subject.directory or subject.adapter
-    if output.resolve() == mine.resolve() or mine.resolve() in output.resolve().parents:
-        raise UsageError(f"--output {output} lies in what is exported.", fix="name another folder.")
+    facts = {"subject": subject.title, "step": subject.step, "model": config.model.model, "merged": merged}
     try:
-        held = sorted(output.iterdir()) if output.exists() else []
-    except OSError as error:
-        raise UsageError(
-            f"--output {output} is no folder to write to: {error.strerror}.", fix="name a new folder."
-        ) from error
-    if held and not overwrite:
-        raise UsageError(
-            f"--output {output} is not empty: it holds {held[0].name}.",
-            fix="name a new folder, or add --overwrite.",
-        )
-    preflight.check_writable(output, "--output")
-    try:
-        with tempfile.TemporaryDirectory(dir=output, prefix=".export-") as made:
-            if merged:
-                _renderer(subject, config)  # refuses another tokenizer before the weights load
-            models: Any = importlib.import_module("retrain.models")
-            models.export(config, subject.adapter, Path(made), merged=merged, dtype=dtype)
-            for pattern in _REPLACED:
-                for stale in output.glob(pattern):
-                    stale.unlink()
-            files = sorted(p.name for p in Path(made).iterdir())
-            for name in files:
-                (Path(made) / name).replace(output / name)
+        export_folder.check(output, subject, config.model.model, overwrite=overwrite)
+        new = not output.exists()
+        preflight.check_writable(output, "--output")
+        try:
+            with tempfile.TemporaryDirectory(dir=output, prefix=".export-") as made:
+                if merged:
+                    _renderer(subject, config)  # refuses another tokenizer before the weights load
+                models: Any = importlib.import_module("retrain.models")
+                models.export(config, subject.adapter, Path(made), merged=merged, dtype=dtype)
+                files = export_folder.place(Path(made), output, facts)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if new:
+                    output.rmdir()  # only when nothing is in it
+            raise
     except OSError as error:
         raise RunError(
             f"{output} cannot be written: {error.strerror or error}.", fix="make room, and export again."

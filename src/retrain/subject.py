@@ -114,6 +114,24 @@ def _is_run(place: Path) -> bool:
     return os.path.isfile(place / layout.CONFIG) and any(os.path.exists(place / name) for name in held)
 
 
+def run_around(place: Path) -> Path | None:
+    """The run directory that the absolute path is or lies in."""
+    held = (layout.RUN, layout.METRICS, layout.TRAINER_STATE, layout.CHECKPOINTS)
+    for folder in (place, *place.parents):
+        if os.path.isfile(folder / layout.CONFIG) and any(os.path.exists(folder / name) for name in held):
+            return folder
+    return None
+
+
+def is_text(text: str) -> bool:
+    """False when it holds bytes that were no UTF-8 on the command line or in a pipe."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _plain(name: str) -> Subject:
     # Rank 1 is the smallest adapter; untouched, it adds exactly nothing.
     return Subject("model", name, {"model": {"model": name, "lora_rank": 1}, "reward": {"type": "math"}})
@@ -225,6 +243,10 @@ def configure(
             f"{idle_flags[0]} does nothing in retrain {command}.",
             fix=f"leave it out; retrain {command} --help.",
         )
+    for o in overrides:
+        path = isinstance(o.value, str) and os.path.exists(o.value)  # names of files may be any bytes
+        if not path and not is_text(json.dumps(o.value, ensure_ascii=False, default=str)):
+            raise UsageError(f"{o.flag}: its value is not valid UTF-8.", fix="correct its bytes.")
     settings = cast("dict[str, dict[str, Any]]", copy.deepcopy(dict(subject.settings)))
     given = {".".join(o.path[:2]): o.value for o in overrides}
     if "eval.source" in given:

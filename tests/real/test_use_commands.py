@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -454,23 +455,245 @@ def test_an_adapter_of_some_layers_is_used_as_peft_does(tmp_path: Path, said: Ca
     assert metrics[0]["eval/accuracy"] == pytest.approx(metrics[1]["eval/accuracy"], abs=0.07)
 
 
-def test_export_never_writes_over_what_is_there(
-    tmp_path: Path, said: Callable[..., str], capsys: Any
+def test_an_export_replaces_an_earlier_one_and_nothing_else(
+    tmp_path: Path, said: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    assert main(["export", "run", "--output", str(out)]) == 2
-    assert "is not empty" in capsys.readouterr().err
-    assert [p.name for p in out.iterdir()] == ["notes.txt"]
-    said("export", "run", "--output", str(out), "--merged", "--overwrite")
-    assert (out / "model.safetensors").exists()
-    # An adapter beside a whole model would be added to it a second time by whoever loads the folder.
+    (out / "mine.safetensors").write_text("mine too")
+    for words, says in (([], "is not empty"), (["--overwrite"], "no export wrote it")):
+        assert says in one_line(capsys, "export", "run", "--output", str(out), *words)
+    assert sorted(p.name for p in out.iterdir()) == ["mine.safetensors", "notes.txt"]
+    (out / "notes.txt").unlink()
+    (out / "mine.safetensors").unlink()
+    record = json.loads(said("export", "run", "--output", str(out), "--merged", "--json"))
+    marker = out / "retrain_export.json"
+    assert {p.name for p in out.iterdir()} == {*record["files"], marker.name}
+    assert json.loads(marker.read_text())["files"] == record["files"]
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(record["files"])
+    assert "is not empty" in one_line(capsys, "export", "run", "--output", str(out))
+    (out / "notes.txt").write_text("mine")
+    (out / "mine.safetensors").write_text("mine too")
+    # Nothing of the whole model may stay: an adapter beside it would be added a second time by whoever loads the folder.
     said("export", "run", "--output", str(out), "--overwrite")
-    assert not (out / "model.safetensors").exists()
-    assert (out / "adapter_config.json").exists()
-    assert (out / "notes.txt").read_text() == "mine"
-    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+    weights = {"adapter_config.json", "adapter_model.safetensors"}
+    assert {p.name for p in out.iterdir()} == {*weights, marker.name, "notes.txt", "mine.safetensors"}
+    assert (out / "mine.safetensors").read_text() == "mine too"
+    # A file that came between has the name of one to be written: it stays, and so does the earlier export.
+    (out / "config.json").write_text("mine")
+    before = snapshot(out)
+    assert "holds config.json" in one_line(
+        capsys, "export", "run", "--output", str(out), "--merged", "--overwrite"
+    )
+    assert snapshot(out) == before
+    # An adapter that is read from an earlier export does not bring its marker along.
+    copied = tmp_path / "copied"
+    (out / "config.json").unlink()
+    (out / "mine.safetensors").unlink()
+    said("export", str(out), "--output", str(copied))
+    listed = json.loads((copied / marker.name).read_text())["files"]
+    assert {*listed, marker.name} == {p.name for p in copied.iterdir()}
+    assert marker.name not in listed
+
+
+def test_a_marker_names_only_files_of_its_own_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, kept = tmp_path / "out", tmp_path / "kept.txt"
+    out.mkdir()
+    kept.write_text("kept")
+    (out / "away").symlink_to(tmp_path)
+    for files in (["../kept.txt"], [str(kept)], ["away/kept.txt"], ["x", 3], "kept.txt", [""]):
+        (out / "retrain_export.json").write_text(json.dumps({"files": files}))
+        assert "is no list of an export's files" in one_line(
+            capsys, "export", "run", "--output", str(out), "--overwrite"
+        )
+    assert kept.read_text() == "kept"
+
+
+def test_an_export_never_touches_the_base_model(
+    tmp_path: Path, said: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The base is itself an earlier export: its marker would permit what destroys it.
+    base, run = tmp_path / "models/base", tmp_path / "run"
+    said("export", "run", "--output", str(base), "--merged", "--dtype", "float32")
+    text = CONFIG.replace("retrain/tiny", str(base)).replace("max_steps = 3", "max_steps = 1")
+    (tmp_path / "based.toml").write_text(text.partition("[eval]")[0] + f"[logging]\nlog_dir = '{run}'\n")
+    assert execute(load(tmp_path / "based.toml"), plain=True).status == "done"
+    capsys.readouterr()
+    (tmp_path / "link").symlink_to(base)
+    shutil.copy(base / "retrain_export.json", base.parent)
+    # A folder of links to the files of an earlier export.
+    linked, store = tmp_path / "linked", tmp_path / "store"
+    shutil.copytree(base, store)
+    linked.mkdir()
+    for file in base.iterdir():
+        (linked / file.name).symlink_to(store / file.name)
+    before = snapshot(tmp_path)
+    for words in (
+        [str(run), "--output", str(base)],
+        [str(run), "--output", str(base), "--merged"],
+        [str(run), "--output", str(tmp_path / "link")],
+        [str(run), "--output", str(base / "deeper")],
+        [str(run), "--output", str(base.parent)],
+        [str(run / "adapter"), "--output", str(base)],
+        # What --model names, and what the run itself was trained on.
+        [str(run), "--model", str(linked), "--output", str(base)],
+        [str(run), "--model", str(linked), "--output", str(store)],
+    ):
+        assert "base model" in one_line(capsys, "export", *words, "--overwrite"), words
+    assert snapshot(tmp_path) == before
+
+
+def test_an_export_never_writes_into_a_run(
+    place: Path, tmp_path: Path, said: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said("export", "run", "--output", str(tmp_path / "out"))
+    other = tmp_path / "other"
+    shutil.copytree("run", other)
+    (tmp_path / "link").symlink_to(other)
+    before = snapshot(place / "run"), snapshot(other)
+    for source in ("run", "run/adapter", "run/checkpoints/step_000002", str(tmp_path / "out")):
+        for target in ("run", "run/sub", "run/checkpoints/new/deep", "run/adapter", str(other), f"{other}/a/b",
+                       str(tmp_path / "link/x")):  # fmt: skip
+            for words in ([], ["--overwrite"]):
+                said_ = one_line(capsys, "export", source, "--output", target, *words)
+                assert "lies in" in said_, (source, target)
+    assert (snapshot(place / "run"), snapshot(other)) == before
+    assert not (place / "run/sub").exists()
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("run/adapter", tmp_path / "a")
+    (tmp_path / "a/adapter_model.safetensors").write_bytes(b"broken")
+    assert "is damaged" in one_line(capsys, "export", str(tmp_path / "a"), "--output", str(tmp_path / "o"))
+    assert not (tmp_path / "o").exists()
+
+
+# streams
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, data: bytes, encoding: str = "utf-8") -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding=encoding))
+
+
+def test_a_line_that_cannot_be_asked_does_not_end_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = b"1 + 2 = ?\r\n" + b"1 + 1 " * 200 + b"\n\n\xff\xfe = ?\n3 + 4 = ?"
+    piped(monkeypatch, data)
+    assert main(["sample", "run", "--json", "--seed", "1"]) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [bool(row["error"]) for row in rows] == [False, True, True, False]
+    assert [row.get("line") for row in rows] == [None, 2, 4, None]
+    assert [rows[0]["prompt"], rows[3]["prompt"]] == ["1 + 2 = ?", "3 + 4 = ?"]
+    assert "512 positions" in rows[1]["error"]
+    assert rows[1]["text"] is None
+    assert "not valid UTF-8" in rows[2]["error"]
+    assert rows[2]["prompt"] == "\\xff\\xfe = ?"
+    piped(monkeypatch, data)
+    assert main(["sample", "run", "--seed", "1"]) == 1
+    text = capsys.readouterr().out
+    assert text.splitlines()[-1] != ""
+    assert text.count("[failed: line ") == 2
+    assert rows[0]["text"] in text
+    assert rows[3]["text"] in text
+    assert "/reset" not in text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_prompts_are_utf8_whatever_the_terminal_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], encoding: str
+) -> None:
+    piped(monkeypatch, "1 \u00d7 2 = ?\n".encode(), encoding)
+    assert main(["sample", "run", "--json", "--max-tokens", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "1 \u00d7 2 = ?"
+
+
+def test_a_terminal_that_knows_less_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two characters, one of them beyond 16 bits.
+    prompt = "1 \u00d7 \U0001f600 = ?"
+    for words in (["--json"], []):
+        raw = io.BytesIO()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+            assert main(["sample", "run", "--prompt", prompt, "--max-tokens", "2", *words]) == 0
+            found = raw.getvalue()
+        assert not words or json.loads(found)["prompt"] == prompt
+        assert found.isascii()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["sample", "run", "--prompt", "\udcff"], "--prompt is not valid UTF-8"),
+        (["sample", "run", "--prompt", "a", "--system", "\udcff"], "--system: its value is not valid UTF-8"),
+        (["sample", "run", "--prompt", "a", "--stop", '["\udcff"]'], "not valid UTF-8"),
+        (["eval", "run", "--instruction", "\udcff"], "--instruction: its value is not valid UTF-8"),
+        (["eval", "\udcff"], "there is no such folder"),
+        (["export", "run", "--output", "x", "--model", "\udcff"], "--model: its value is not valid UTF-8"),
+    ],
+)
+def test_bytes_that_are_no_text_are_one_line(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
+    monkeypatch.setattr(sys, "stderr", errors)
+    assert main(words) == 2
+    errors.seek(0)
+    said = errors.read().splitlines()
+    assert len(said) == 1
+    assert says in said[0]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_closed_stdin_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "stdin is closed" in one_line(capsys, "sample", "run")
+    assert main(["sample", "run", "--prompt", "1 + 1 = ?", "--max-tokens", "2"]) == 0
+
+
+def test_json_stands_alone_on_stdout_whoever_else_prints(place: Path, tmp_path: Path) -> None:
+    (place / "noisy.py").write_text(
+        "import atexit, ctypes, os\n"
+        "print('at import')\n"
+        "atexit.register(print, 'at exit')\n"
+        "def score(response, reference):\n"
+        "    print('from print')\n"
+        "    os.write(1, b'from the descriptor\\n')\n"
+        "    ctypes.CDLL(None).puts(b'from C')\n"
+        "    os.system('echo from a child')\n"
+        "    return 1.0\n"
+    )
+    words = ["eval", "run", "--json", "--examples", "2", "--samples", "1", "--max-tokens", "2"]
+    own = ["--reward-type", "custom", "--custom-module", "noisy", "--reward.isolate", "false"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(place), *sys.path]),
+        "PYTHONIOENCODING": "ascii",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "retrain", *words, *own], cwd=place, env=environment, capture_output=True, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.count(b"\n") == 1
+    assert json.loads(done.stdout)["metrics"]["eval/tasks"] == 2
+    for said in (b"at import", b"from print", b"from the descriptor", b"from C", b"from a child", b"at exit"):
+        assert said in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_result_that_cannot_be_written_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retrain.cli.streams import Results
+    from retrain.errors import RunError
+
+    with pytest.raises(RunError, match="No space left"), open("/dev/full", "wb", buffering=0) as full:
+        Results(io.TextIOWrapper(io.BufferedWriter(full))).line("x")
 
 
 # mistakes
@@ -525,6 +748,8 @@ def one_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["export", "run", "--output", "x", "--merged", "--dtype", "int3"], "float32, bf16 or float16"),
         (["export", "retrain/tiny", "--output", "x"], "no adapter to export"),
         (["export", "run", "--output", "run/inside"], "lies in what is exported"),
+        (["eval", "run", "--instruction", "long " * 200], "the longest prompt has"),
+        (["eval", "run", "--instruction", "long " * 200, "--max-tokens", "8"], "shorter data.instruction"),
         (["export", "run", "--output", "retrain.toml"], "--output"),
         (["export", "run", "--output", "x", "--lr", "1"], "--lr does nothing in retrain export"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,13 +12,18 @@ from retrain.cli.commands import COMMANDS, LATER
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  open to the end
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()
+        if argv is None and "--json" in arguments:
+            from retrain.cli import streams
+
+            streams.finish()
     except BrokenPipeError:
         # The reader of our output went away, as in `retrain man | head`.
-        import os
-
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -57,6 +63,8 @@ def _dispatch(arguments: list[str]) -> int:
         from retrain.errors import UsageError
 
         raise UsageError(f"retrain {first} is not in this version.", fix="`retrain --help` lists what is.")
+    if sys.stdin is None:  # closed: nobody answers questions
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  open to the end
     from retrain.cli.run import run
 
     return run(arguments)

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrain.cli import streams
 from retrain.errors import UsageError
 
 if TYPE_CHECKING:
+    from retrain.cli.streams import Results
     from retrain.config.load import LoadedConfig
     from retrain.opened import Answer, Talker
     from retrain.subject import Subject
@@ -57,7 +59,7 @@ Writes an adapter for PEFT, or with --merged a whole model for transformers, vLL
   --merged           base model and adapter in one, with tokenizer and generation config
   --dtype D          of merged weights: auto (the model's own), float32, bf16 or float16
   --checkpoint C     of a run: newest (default), best, or a number of steps
-  --overwrite        replace an earlier export in DIR; other files there stay
+  --overwrite        replace an earlier export in DIR (the files that its retrain_export.json lists); others stay
   --json             print one JSON object
 """,
 }
@@ -75,7 +77,7 @@ _SAMPLE_ALIASES = {"--split": "--data.split"}
 def evaluate(arguments: Sequence[str]) -> int:
     """The command ``eval``."""
     own, rest = _own("eval", arguments, values=("--checkpoint",), switches=("--json",))
-    with _quiet_loading():
+    with streams.results(alone="--json" in own) as out, _quiet_loading():
         from retrain import opened
         from retrain.tracking.run_log import to_json
 
@@ -90,7 +92,10 @@ def evaluate(arguments: Sequence[str]) -> int:
         _show("loading ...")
         with _at_once_on_interrupt(), _line_cleared():
             record = opened.evaluate(target, loaded.config, search_paths=loaded.search_paths, progress=show)
-    print(to_json(record) if "--json" in own else _report(record))
+        if "--json" in own:
+            out.record(to_json(record))
+        else:
+            out.line(_report(record))
     return 0
 
 
@@ -140,12 +145,15 @@ def sample(arguments: Sequence[str]) -> int:
         raise UsageError(f"--raw samples a text, and {chosen[0]} a task.", fix="leave --raw out.")
     n = _number(own.get("--n", "1"), "--n", least=1)
     index = _number(own["--index"], "--index", least=0) if "--index" in own else None
-    with _quiet_loading():
+    with streams.results(alone="--json" in own) as out, _quiet_loading():
         import secrets
 
         from retrain import opened
         from retrain.config.load import Override
+        from retrain.subject import is_text
 
+        if not is_text(own.get("--prompt", "")):
+            raise UsageError("--prompt is not valid UTF-8.", fix="correct its bytes.")
         seeded = any(
             flag.partition("=")[0] in ("--seed", "--training-seed", "--training.seed") for flag in rest
         )
@@ -153,31 +161,56 @@ def sample(arguments: Sequence[str]) -> int:
         target, loaded = _target("sample", rest, own, _SAMPLE_ALIASES, opened.SAMPLE_KEYS, drawn)
         wanted = own.get("--task", index)
         task = None if wanted is None else opened.task_of(target, loaded.config, wanted)
+        typed = not chosen and streams.is_terminal()
+        failed = False
         with (
             _at_once_on_interrupt(),
             opened.talker(target, loaded.config, search_paths=loaded.search_paths) as talker,
         ):
             if task is not None:
                 messages = [{"role": m.role, "content": m.content} for m in task.messages]
-                _print(talker, {"task": task.id, "messages": messages}, talker.attempts(task, n), own)
+                _print(out, talker, {"task": task.id, "messages": messages}, talker.attempts(task, n), own)
             elif "--prompt" in own:
-                _one(talker, own["--prompt"], n, own)
-            elif sys.stdin.isatty():
-                _converse(talker, n, own)
+                _one(out, talker, own["--prompt"], n, own)
+            elif typed:
+                _converse(out, talker, n, own)
             else:
-                for line in sys.stdin:
-                    if line.strip():
-                        _one(talker, line.rstrip("\r\n"), n, own)
-    return 0
+                failed = _each_line(out, talker, n, own)
+    return 1 if failed else 0
 
 
-def _one(talker: Talker, prompt: str, n: int, own: Mapping[str, str]) -> None:
+def _one(out: Results, talker: Talker, prompt: str, n: int, own: Mapping[str, str]) -> None:
     conversation = prompt if "--raw" in own else talker.opening(prompt)
-    _print(talker, {"prompt": prompt}, talker.answers(conversation, n), own)
+    _print(out, talker, {"prompt": prompt}, talker.answers(conversation, n), own)
+
+
+def _each_line(out: Results, talker: Talker, n: int, own: Mapping[str, str]) -> bool:
+    """Answers to every line of stdin; True when some could not be asked, which the output says in their place."""
+    from retrain.tracking.run_log import to_json
+
+    failed = False
+    for number, prompt, valid in streams.lines():
+        try:
+            if not valid:
+                raise UsageError("the prompt is not valid UTF-8.")
+            _one(out, talker, prompt, n, own)
+        except UsageError as error:
+            failed = True
+            if "--json" in own:
+                seed = talker.config.training.seed
+                said = {"prompt": prompt, "seed": seed, "line": number, "text": None, "error": error.message}
+                out.record(to_json({**talker.identity, **said}))
+            else:
+                out.line(f"[failed: line {number}: {error.message}]")
+    return failed
 
 
 def _print(
-    talker: Talker, question: Mapping[str, Any], answers: Sequence[Answer], own: Mapping[str, str]
+    out: Results,
+    talker: Talker,
+    question: Mapping[str, Any],
+    answers: Sequence[Answer],
+    own: Mapping[str, str],
 ) -> None:
     from dataclasses import asdict
 
@@ -187,24 +220,21 @@ def _print(
         if "--json" in own:
             found = {k: v for k, v in asdict(answer).items() if k != "reference" or v is not None}
             seed = talker.config.training.seed
-            print(to_json({**talker.identity, **question, "seed": seed, "member": member, **found}))
+            out.record(to_json({**talker.identity, **question, "seed": seed, "member": member, **found}))
             continue
-        print(
-            f"--- {member + 1} of {len(answers)}" if len(answers) > 1 else "",
-            end="\n" if len(answers) > 1 else "",
-        )
-        print(answer.text)
+        if len(answers) > 1:
+            out.line(f"--- {member + 1} of {len(answers)}")
+        out.line(answer.text)
         cut = [f"cut after {answer.tokens} tokens"] if answer.stop == "length" else []
         scored = [f"reference {answer.reference}"] if answer.reference is not None else []
         if answer.reward is not None:
             scored.append(f"reward {answer.reward:g}{' (correct)' if answer.correct else ''}")
         failed = [f"failed: {answer.error}"] if answer.error else []
         if cut or scored or failed:
-            print(f"[{'; '.join([*scored, *cut, *failed])}]")
-    sys.stdout.flush()
+            out.line(f"[{'; '.join([*scored, *cut, *failed])}]")
 
 
-def _converse(talker: Talker, n: int, own: Mapping[str, str]) -> None:
+def _converse(out: Results, talker: Talker, n: int, own: Mapping[str, str]) -> None:
     """A conversation on a terminal; the model sees all of it, and of several answers the last."""
     from retrain.types import Message
 
@@ -216,6 +246,9 @@ def _converse(talker: Talker, n: int, own: Mapping[str, str]) -> None:
         except EOFError:
             print()
             return
+        except UnicodeDecodeError:
+            print("that was not valid UTF-8.")
+            continue
         if prompt == "/quit":
             return
         if prompt == "/reset":
@@ -225,10 +258,12 @@ def _converse(talker: Talker, n: int, own: Mapping[str, str]) -> None:
                 asked = [*messages, Message("user", prompt)] if messages else talker.opening(prompt)
                 answers = talker.answers(prompt if "--raw" in own else asked, n)
             except UsageError as error:
-                print(error)
+                streams.Results(sys.stdout).line(
+                    f"{error.message} /reset begins anew." if messages else f"{error}"
+                )
                 continue
             messages = [*asked, Message("assistant", answers[-1].text)]
-            _print(talker, {"prompt": prompt}, answers, own)
+            _print(out, talker, {"prompt": prompt}, answers, own)
 
 
 def export(arguments: Sequence[str]) -> int:
@@ -246,7 +281,7 @@ def export(arguments: Sequence[str]) -> int:
         raise UsageError("--dtype is that of a merged model.", fix="add --merged, or leave it out.")
     if dtype not in _DTYPES:
         raise UsageError(f"--dtype {dtype} is unknown.", fix="use auto, float32, bf16 or float16.")
-    with _quiet_loading():
+    with streams.results(alone="--json" in own) as out, _quiet_loading():
         from retrain import opened
         from retrain.tracking.run_log import to_json
 
@@ -262,10 +297,10 @@ def export(arguments: Sequence[str]) -> int:
                 dtype=_DTYPES[dtype],
                 overwrite="--overwrite" in own,
             )
-    if "--json" in own:
-        print(to_json(record))
-    else:
-        print(f"Wrote {record['output']} ({record['subject']}).\n{record['use']}")
+        if "--json" in own:
+            out.record(to_json(record))
+        else:
+            out.line(f"Wrote {record['output']} ({record['subject']}).\n{record['use']}")
     return 0
 
 
