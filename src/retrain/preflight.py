@@ -21,6 +21,7 @@ from retrain.environments.reading import DEFAULT_INSTRUCTION
 from retrain.errors import ConfigError, PluginError, ResumeError
 from retrain.protocols import Renderer
 from retrain.tracking import layout
+from retrain.training import references
 from retrain.types import Task
 
 NEUTRAL_ON_RESUME = (
@@ -226,12 +227,12 @@ def check_lengths(config: Config, renderer: Renderer, tasks: Sequence[Task], con
     # Encoding every prompt takes seconds; the longest by characters hold the longest by tokens, near enough.
     longest = sorted(tasks, key=lambda t: -sum(len(m.content) for m in t.messages))[:16]
     prompt = max((len(renderer.encode(t.messages)) for t in longest), default=0)
-    needed = prompt + config.training.max_tokens
     if prompt >= context:
         raise ConfigError(
             f"the longest prompt has {prompt} tokens and does not fit: {config.model.model} has {context} positions.",
             fix="use other tasks, a shorter data.instruction or data.system, or another model.",
         )
+    needed = prompt + config.training.max_tokens
     if needed > context:
         raise ConfigError(
             f"the longest prompt has {prompt} tokens; with training.max_tokens = {config.training.max_tokens} a rollout may "
@@ -271,7 +272,9 @@ def advice(
             f"{leaked} of {len(held_out)} evaluation tasks are training tasks as well: their accuracy is not held out."
         )
     by_source = rewards_by_source(config)
-    matched = [t for t in tasks if by_source.get(t.source, config.reward.type) == "match"]
+    matched = [
+        t for t in tasks if t.reference.strip() and by_source.get(t.source, config.reward.type) == "match"
+    ]
     odd = sum(re.fullmatch(r"-?\d+", t.reference.strip()) is None for t in matched)
     if odd > 0.05 * len(matched):
         key = "reward.type" if config.reward.type == "match" else "reward"
@@ -287,7 +290,7 @@ def advice(
                 f"SEPA's lambda is {first:.2f}, {middle:.2f} and {last:.2f} at the first, middle and last step (sepa.delay_steps "
                 f"= {config.sepa.delay_steps}, sepa.steps = {config.sepa.steps}): the run stays close to plain gtpo."
             )
-    return [*found, *_idle_advice(config)]
+    return [*found, *references.check(config, tasks, held_out), *_idle_advice(config)]
 
 
 def _idle_advice(config: Config) -> list[str]:

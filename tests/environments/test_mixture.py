@@ -117,6 +117,22 @@ def test_a_configuration_becomes_labelled_tasks(tmp_path):
     assert [t.source for t in source.take(5)].count("arithmetic") == 3
 
 
+def test_the_configured_name_is_the_source_whatever_a_plug_in_says(tmp_path, monkeypatch):
+    (tmp_path / "claims.py").write_text(
+        "from retrain.types import Message, Task\n"
+        "def tasks(data, split): return [Task('a', (Message('user', 'q'),), '1', 'arithmetic', 0)]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    alone, cursor = training_tasks(Config.model_validate({"data": {"source": "claims.tasks"}}))
+    assert [t.source for t in (*alone, *cursor.take(1))] == ["claims.tasks"] * 2
+    assert alone[0].id == "a"
+    config = Config.model_validate({"data": {"source": "mixture", "mixture": [
+        {"source": "claims.tasks"}, {"source": "claims.tasks", "name": "mine"}, {"source": "arithmetic"},
+    ]}})  # fmt: skip
+    found, _ = training_tasks(config)
+    assert [(t.id, t.source) for t in found[:2]] == [("claims.tasks/a", "claims.tasks"), ("mine/a", "mine")]
+
+
 def test_a_mistake_in_a_table_names_it():
     config = Config.model_validate(
         {

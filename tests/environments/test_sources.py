@@ -118,7 +118,7 @@ def test_rows_without_an_answer_are_dropped_and_counted(file, caplog):
         ('{"question": "q", "answer": NaN}', r":2: invalid JSON: NaN"),
         ("[" * 100_000, r":2: invalid JSON"),
         ("[1]", r":2: not a JSON object"),
-        ({"question": "q", "answer": "1", "id": "0"}, r":2: the id '0' is already that of line 1"),
+        ({"question": "q", "answer": "1", "id": "0"}, r":2: the row has an id, unlike line 1"),
     ],
 )
 def test_a_wrong_row_is_named_by_file_and_line(file, row, said):
@@ -176,6 +176,20 @@ def test_gsm8k_is_all_there(shared):
     assert not any("," in t.reference or not t.reference for t in train + test)
 
 
+def test_rows_have_ids_or_have_none(file):
+    row = {"question": "a", "answer": "1"}
+    for first, second, said in (
+        ({**row, "id": "1"}, row, r":2: the row has no id, unlike line 1\..*every row an id, or none"),
+        (row, {**row, "id": "1"}, r":2: the row has an id, unlike line 1\."),
+    ):
+        with pytest.raises(DataError, match=said):
+            load_tasks(file(first, second), "train")
+    with pytest.raises(DataError, match=r":2: the id '1' is already that of line 1"):
+        load_tasks(file({**row, "id": 1}, {**row, "id": "1"}), "train")
+    unanswered = {"question": "a", "answer": ""}
+    assert len(load_tasks(file({**row, "id": "1"}, unanswered, {**row, "id": "2"}), "train")) == 2
+
+
 def test_a_plugin_source_is_checked(monkeypatch, tmp_path):
     (tmp_path / "my_source.py").write_text(
         "from retrain.types import Message, Task\n"
@@ -186,6 +200,7 @@ def test_a_plugin_source_is_checked(monkeypatch, tmp_path):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_tasks(Data("my_source.good"), "train")[0].id == "a"
+    assert load_tasks(Data("my_source.good"), "train")[0].source == "my_source.good"
     for name, error in (("twice", PluginError), ("wrong", PluginError), ("empty", DataError)):
         with pytest.raises(error):
             load_tasks(Data(f"my_source.{name}"), "train")

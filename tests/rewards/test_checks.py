@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import time
+from datetime import date
 
 import pytest
 from hypothesis import given
@@ -16,12 +18,17 @@ from retrain.rewards.checks import CHECKS, cache_tokens, soft_punishment
 
 @pytest.fixture
 def make(make_config):
-    def build(kind: str, config=None, **keys):
-        return CHECKS[kind][0](
-            PartTable.model_validate({"type": kind, **keys}), config or make_config(), "reward.parts[0] (x)"
-        )
+    made = []
 
-    return build
+    def build(kind: str, config=None, **keys):
+        part = PartTable.model_validate({"type": kind, **keys})
+        made.append(CHECKS[kind][0](part, config or make_config(), "reward.parts[0] (x)"))
+        return made[-1]
+
+    yield build
+    for check in made:
+        check.close()
+        check.close()
 
 
 @pytest.fixture
@@ -115,29 +122,83 @@ SCHEMA = {
 }
 
 
-@pytest.mark.parametrize(
-    ("text", "met"),
-    [
-        ('{"answer": 5}', True),
-        (' {"answer": 5, "why": "aa"}\n', True),
-        ('{"answer": 5, "why": "b"}', False),
-        ('{"answer": "5"}', False),
-        ("{}", False),
-        ("[]", False),
-        ('so {"answer": 5}', False),
-        ('so\n```json\n{"answer": 5}\n```\ndone', True),
-        ('```json\n{"answer": 5}\n```\n```json\n{}\n```', False),
-        ('```json\n{"answer": 5}', True),
-        ('<think>```json\n{}```</think>{"answer": 5}', True),
-        ('{"answer": NaN}', False),
-        ('{"answer": 1' + "0" * 5000 + "}", False),
-        ("[" * 100000, False),
-        ("\ud800", False),
-        ("", False),
-    ],
-)
-def test_json_by_schema(values, text, met):
-    assert values("json_schema", text, schema=SCHEMA) == [float(met)]
+JSON_TEXTS = [
+    ('{"answer": 5}', True),
+    (' {"answer": 5, "why": "aa"}\n', True),
+    ('{"answer": 5, "why": "b"}', False),
+    ('{"answer": "5"}', False),
+    ("{}", False),
+    ("[]", False),
+    ('so {"answer": 5}', False),
+    ('so\n```json\n{"answer": 5}\n```\ndone', True),
+    ('```json\n{"answer": 5}\n```\n```json\n{}\n```', False),
+    ('```json\n{"answer": 5}', True),
+    ('<think>```json\n{}```</think>{"answer": 5}', True),
+    ('{"answer": NaN}', False),
+    ('{"answer": 1' + "0" * 5000 + "}", False),
+    ("[" * 100000, False),
+    ("\ud800", False),
+    ("", False),
+    # Fences: any case of letters or none, and the last one that is JSON.
+    ('so\n```JSON\n{"answer": 5}\n```', True),
+    ('so\n```\n{"answer": 5}\n```', True),
+    ('```json\n{"answer": 5}\n```\nand ```json5\n', True),
+    ('```json\n{"answer": 5}\n```\n```python\nprint(5)\n```\nbye', True),
+    ('```json\n{}\n```\n```\n{"answer": 5}\n```', True),
+    ('```\n{"answer": 5}\n```\n```json\n{"answer": "5"}\n```', False),
+    ('```json\n{"answer": 5} and more\n```', False),
+    ('```json5\n{"answer": 5}\n```', False),
+    ('```json {"answer": 5, "why": ""}```', True),
+    ('see\n```json\n{"answer": 5, "other": "```"}\n```', True),
+    ('{"answer": 5, "other": "```{}```"}', True),
+    ("```", False),
+]
+
+
+def test_json_by_schema(values):
+    texts = [text for text, _ in JSON_TEXTS]
+    assert dict(zip(texts, values("json_schema", *texts, schema=SCHEMA), strict=True)) == dict(JSON_TEXTS)
+
+
+PATIENT = [
+    ({"patternProperties": {"^(a+)+$": {}}}, '{"' + "a" * 40 + '!": 1}'),
+    ({"patternProperties": {"^(a|a)*$": {}}}, '{"' + "a" * 40 + '!": 1}'),
+    ({"patternProperties": {"^(a|a)*$": {}}, "additionalProperties": False}, '{"' + "a" * 40 + '!": 1}'),
+    ({"uniqueItems": True}, "[" + ",".join(f'{{"a": {i}}}' for i in range(5000)) + "]"),
+]
+
+
+@pytest.mark.parametrize(("schema", "text"), PATIENT)
+def test_no_schema_freezes_the_loop(make, make_config, make_rollout, schema, text):
+    check = make("json_schema", make_config(reward={"timeout_s": 1.0}), schema=schema)
+    stalls = [0.0]
+
+    async def tick():
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.02)
+            stalls.append(time.monotonic() - before)
+
+    async def score():
+        ticking = asyncio.create_task(tick())
+        scores = await check.score(None, [make_rollout(text), make_rollout("[]"), make_rollout("5")])
+        ticking.cancel()
+        return scores
+
+    started = time.monotonic()
+    hang, *fine = asyncio.run(score())
+    assert time.monotonic() - started < 6
+    assert max(stalls) < 0.5
+    # Where the searching package is clever enough there is an answer instead; a freeze is neither.
+    assert "1 seconds" in hang.error or hang.reward in (0.0, 1.0)
+    assert [s.reward for s in fine] == [1.0, 1.0]
+
+
+def test_a_call_that_never_ends_is_cut_and_its_place_is_kept(make, make_config, score_all):
+    check = make("json_schema", make_config(reward={"timeout_s": 1.0}), schema=PATIENT[-1][0])
+    (hang,) = score_all(check, "", PATIENT[-1][1])
+    assert hang.error == "no result within reward.timeout_s = 1 seconds"
+    assert "schema_child" in check.first_traceback
 
 
 def test_a_catastrophic_pattern_in_a_schema_is_an_error(make, make_config, score_all):
@@ -196,6 +257,7 @@ def test_overlong_counts_sampled_tokens(values, make_config, make_rollout):
         ("language", {"language": "EN"}, 'did you mean "en"'),
         ("language", {"language": "klingon"}, "no known language"),
         ("json_schema", {}, "needs a schema"),
+        ("json_schema", {"schema": {"const": date(2026, 1, 1)}}, "cannot be written as JSON"),
         ("json_schema", {"schema": {"type": "objekt"}}, "schema.type is no JSON Schema: 'objekt'"),
         ("json_schema", {"schema": {"items": {"pattern": "("}}}, "schema.items.pattern is no JSON Schema"),
         ("overlong", {"tokens": 33}, "tokens = 33 is more than training.max_tokens = 32"),

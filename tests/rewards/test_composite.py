@@ -88,6 +88,28 @@ def test_an_error_of_another_part_fails_the_score_unless_a_gate_has_decided(scor
     assert one(score_all, bad, broken, penalty=-2.0).reward == -2.0
 
 
+def test_an_error_of_a_part_of_weight_nothing_leaves_the_reward(score_all, caplog):
+    broken = Part("b", Fixed(Score.failed("no luck")), weight=0.0)
+    reward = Composite([Part("a", Fixed(Score(0.75, passed=True)), weight=2.0), broken])
+    for _ in range(3):
+        (got,) = score_all(reward, "5", "x")
+        assert (got.error, got.reward, got.passed, dict(got.parts)) == ("", 1.5, True, {"a": 0.75})
+    assert caplog.text.count("no luck") == 1
+    reward.close()
+    reward.close()
+    assert caplog.text.count("times: b 3") == 1
+    assert (
+        one(score_all, Part("b", Fixed(Score.failed("no luck")), weight=0.0, gate=True), penalty=-2.0).reward
+        == -2
+    )
+
+
+def test_what_a_part_consists_of_is_kept(score_all):
+    inner = Fixed(Score(0.5, parts={"a": 1.0, "b": -0.5}))
+    got = one(score_all, Part("a", Fixed(Score(3.0))), Part("mine", inner), Part("b", Fixed(Score(0.0))))
+    assert dict(got.parts) == {"a": 3.0, "mine": 0.5, "mine/a": 1.0, "mine/b": -0.5, "b": 0.0}
+
+
 def test_nothing_is_said_where_no_part_decides_or_a_number_does(score_all):
     decides, plain = Fixed(Score(1.0, passed=True)), Fixed(Score(1.0))
     assert one(score_all, Part("p", plain)).passed is None
@@ -182,7 +204,9 @@ def test_any_reward_and_any_constraint_can_be_a_part(build, score_all):
         penalty=-1.0,
     )
     fine, wrong, long = score_all(reward, "5", r"\boxed{5.0}", r"maybe 6", r"maybe \boxed{5}")
-    assert dict(fine.parts) == {"math": 1, "match": 0, "tail": 0.25, "mine": 0, "length": 1, "hedge": 0}
+    assert dict(fine.parts) == {
+        "math": 1, "match": 0, "tail": 0.25, "tail/other": 3, "mine": 0, "length": 1, "hedge": 0,
+    }  # fmt: skip
     assert (fine.reward, fine.passed) == (2.25, False)  # match and the plug-in decide as well
     assert (wrong.reward, wrong.passed) == (0.25 - 1.0, False)
     assert (long.reward, long.passed) == (-1.0, False)
@@ -220,6 +244,14 @@ def test_a_part_that_cannot_be_is_refused(build, parts, error, said):
         build(*parts)
     assert caught.value.fix
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", [{"type": "overlong"}, {"type": "match", "name": "overlong"}])
+def test_two_parts_overlong_are_refused(make_config, part):
+    reward = {"type": "composite", "parts": [{"type": "length", "max": 9}, part]}
+    composite.build(make_config(reward=reward), None).close()
+    with pytest.raises(ConfigError, match=r'part overlong.*training\.truncated = "soft"'):
+        composite.build(make_config(reward=reward, training={"truncated": "soft"}), None)
 
 
 def test_parts_made_before_a_mistake_are_closed(build, monkeypatch):

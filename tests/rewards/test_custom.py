@@ -37,6 +37,9 @@ def hard_exit(response, reference): print("last words", flush=True); os._exit(3)
 def segfault(response, reference): ctypes.string_at(0)
 def aborts(response, reference): os.abort()
 def kills_itself(response, reference): os.kill(os.getpid(), 9)
+def notes_and_dies(response, reference):
+    with open(response, "a") as notes: notes.write("x")
+    os.kill(os.getpid(), 9)
 def recursion(response, reference): return recursion(response, reference)
 def stack(response, reference):
     sys.setrecursionlimit(10**9)
@@ -203,6 +206,37 @@ def test_a_failure_is_a_failed_score_and_the_next_call_works(make, function, sai
         assert math.isnan(failed.reward)
         assert re.search(said, failed.error), failed.error
         assert "\n" not in failed.error
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_an_idle_child_that_was_killed_costs_nothing(make, monkeypatch, noticed):
+    reward = make("match")
+    texts = [TASK.reference, *"abc"]
+    first = score(reward, *texts)
+    for _ in range(3):
+        killed = pids(reward)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        if noticed:
+            time.sleep(0.1)
+        else:  # as if it died between the look at it and the request
+            monkeypatch.setattr(sandbox._Child, "lives", lambda self: True)
+        assert score(reward, *texts) == first
+        wait_until_gone(*killed)
+        assert not set(killed) & set(pids(reward))
+    assert [s.reward for s in first] == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_call_that_kills_its_child_is_tried_twice_and_never_again(make, tmp_path):
+    reward = make("notes_and_dies")
+    for path, times in (
+        (tmp_path / "idle", 2),
+        (tmp_path / "fresh", 1),
+    ):  # the first found the checked child idle
+        (failed,) = score(reward, str(path))
+        assert "died: killed" in failed.error
+        assert len(path.read_text()) == times
+        assert pids(reward) == ()
 
 
 @pytest.mark.parametrize("function", ["hold_interpreter", "regex", "sleeps", "deaf", "sleeps_async"])
@@ -426,8 +460,7 @@ def test_an_interrupt_at_the_terminal_is_not_the_childrens(make):
         assert os.getpgid(pid) == pid != os.getpgid(0)
         os.killpg(pid, signal.SIGINT)
         wait_until_gone(pid)
-    # A child that was hit all the same costs one rollout, never the run.
-    assert score(reward, "5")[0].error.startswith("the reward's process died")
+    # A child that was hit all the same, while idle, costs nothing.
     assert score(reward, "5")[0].reward == 1.0
 
 

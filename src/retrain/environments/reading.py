@@ -251,6 +251,7 @@ def row_tasks(
     tasks: list[Task] = []
     dropped: list[str] = []
     where_id: dict[str, str] = {}
+    first: dict[bool, str] = {}  # has an id -> the first row of that kind
     for where, row in placed:
         found = {key: _at(row, names[key]) for key in FIELDS}
         for ours in ("question", "answer", *(["id"] if "id" in data.fields else [])):
@@ -267,8 +268,15 @@ def row_tasks(
         if not answer.strip():
             dropped.append(where)
             continue
+        has_id = found["id"] is not _ABSENT
+        first.setdefault(has_id, where)
+        if len(first) == 2:
+            raise DataError(
+                f"{where}: the row has {'an id' if has_id else 'no id'}, unlike {_short(first[not has_id])}.",
+                fix="give every row an id, or none.",
+            )
         key = str(len(where_id) + len(dropped))
-        if found["id"] is not _ABSENT:
+        if has_id:
             key = as_text(found["id"])
             if not key:
                 _wrong(where, names["id"], found["id"], "a text or a number")

@@ -60,6 +60,8 @@ def jsonl(data: DataSettings, split: str) -> list[Task]:
 def load_tasks(data: DataSettings, split: str, max_examples: int = 0) -> list[Task]:
     """Every task of ``data.source`` in ``split``, at most ``max_examples`` (0 = all), in the source's order.
 
+    ``Task.source`` is ``data.source`` whatever a plug-in says, for rewards and curves go by it; only the tasks of a
+    mixture keep their tables' names.
     DataError for missing or malformed data; PluginError when a plug-in source returns something else than
     tasks with unique ids.
     """
@@ -78,7 +80,10 @@ def load_tasks(data: DataSettings, split: str, max_examples: int = 0) -> list[Ta
                 f"source {data.source!r} has two tasks {task.id!r}.", fix="make their ids unique."
             )
         seen.add(task.id)
-    return found[:max_examples] if max_examples else found
+    found = found[:max_examples] if max_examples else found
+    if data.source == "mixture":
+        return found
+    return [t if t.source == data.source else replace(t, source=data.source) for t in found]
 
 
 class TaskCursor:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from retrain.boxed import last_boxed
 from retrain.errors import ConfigError
+from retrain.rewards import schema
 from retrain.rewards.calling import summary
-from retrain.rewards.extract import after_thinking
+from retrain.rewards.schema import JsonSchema
 from retrain.types import Rollout, Score, Task
 
 if TYPE_CHECKING:
@@ -195,55 +196,30 @@ def _identifier(where: str) -> Any:
     return found.LanguageIdentifier.from_model_file(found.MODEL_FILE)
 
 
-def json_schema(part: PartTable, config: Config, where: str) -> Check:
-    """1 where the JSON of the response satisfies the schema: the last ```json block after the last ``</think>``,
-    or all that follows it. References to other documents are not fetched: such a schema is an error."""
+def json_schema(part: PartTable, config: Config, where: str) -> JsonSchema:
+    """1 where the JSON of the response satisfies the schema; see ``schema_child.found`` for what that is.
+    References to other documents are not fetched: such a schema is an error."""
     if not part.schema_:
         _refuse(
             f"{where} needs a schema.", 'for example schema = { type = "object", required = ["answer"] }.'
         )
-    package, registry = _package("jsonschema", where), _package("referencing", where).Registry()
-    schema = dict(part.schema_)
-    base = package.validators.validator_for(schema, default=package.Draft202012Validator)
+    package = _package("jsonschema", where)
+    for name in ("referencing", "regex"):
+        _package(name, where)
+    given = dict(part.schema_)
     try:
-        base.check_schema(schema)
+        package.validators.validator_for(given, default=package.Draft202012Validator).check_schema(given)
+        json.dumps(given)
     except package.SchemaError as error:
         place = "".join(f".{p}" for p in error.path)
         _refuse(f"{where}: schema{place} is no JSON Schema: {_line(error)}.", "correct it.")
-    # The package searches by ``re``, which no deadline can cut.
-    timeout_s = min(_REGEX_S, config.reward.timeout_s)
-    search = _package("regex", where)
-
-    def pattern(_: Any, wanted: str, instance: Any, __: Any) -> Any:
-        if isinstance(instance, str) and not _search(search.compile(wanted), timeout_s, instance):
-            yield package.ValidationError("does not match")
-
-    validator = package.validators.extend(base, {"pattern": pattern})(schema, registry=registry)
-
-    def value(rollout: Rollout) -> bool:
-        try:
-            found = json.loads(_json_text(rollout.text), parse_constant=_no_json)
-        except (ValueError, RecursionError):
-            return False
-        return bool(validator.is_valid(found))
-
-    return Check(value, threaded=True)
+    except TypeError as error:
+        _refuse(f"{where}: the schema cannot be written as JSON: {_line(error)}.", "write dates as texts.")
+    timeout_s = config.reward.timeout_s
+    return schema.of_schema(given, timeout_s=timeout_s, regex_s=min(_REGEX_S, timeout_s), where=where)
 
 
-def _json_text(text: str) -> str:
-    text = after_thinking(text)
-    begin = text.rfind("```json")
-    if begin < 0:
-        return text
-    body = text[begin + len("```json") :]
-    return body.partition("```")[0]
-
-
-def _no_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
-
-
-Maker = Callable[["PartTable", "Config", str], Check]
+Maker = Callable[["PartTable", "Config", str], Check | JsonSchema]
 
 CHECKS: Mapping[str, tuple[Maker, tuple[str, ...]]] = {
     "penalize_text_containing": (penalize_text_containing, ("texts",)),

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -51,7 +52,8 @@ class Composite:
 
     A gate fails when its score says that it did not pass; where it does not say, when its value is below 0 (for
     a part that cannot be above 0) or at most 0.5 (for any other). An error of a part that is no gate is a failed
-    Score, unless a gate has decided already. ``parts`` holds the raw value of every part that has one.
+    Score, unless a gate has decided already or the part's weight is 0. ``parts`` holds the raw value of every part
+    that has one, and as ``<part>/<sub>`` what that part itself consists of.
 
     ``passed``: every part whose score says so passed, and no gate failed. None where no part says so, or where
     ``decided_by_number``.
@@ -63,7 +65,7 @@ class Composite:
         self._parts = tuple(parts)
         self._penalty = penalty
         self._decided_by_number = decided_by_number
-        self._said: set[str] = set()
+        self._broke: Counter[str] = Counter()
         self.bounds = _sum_bounds(self._parts, penalty)
         self.code_digest = digest_of(p.reward for p in self._parts)
 
@@ -86,11 +88,15 @@ class Composite:
 
     def _combine(self, scores: Sequence[Score]) -> Score:
         pairs = list(zip(self._parts, scores, strict=True))
-        values = {part.name: score.reward for part, score in pairs if not score.error}
+        values: dict[str, float] = {}
+        for part, score in pairs:
+            if not score.error:
+                values[part.name] = score.reward
+                values |= {f"{part.name}/{sub}": value for sub, value in score.parts.items()}
         failed = [part.name for part, score in pairs if part.gate and _fails(part, score)]
         for part, score in pairs:
-            if score.error and part.gate:
-                self._announce(part.name, score.error)
+            if score.error and (part.gate or not part.weight):
+                self._announce(part, score.error)
         passed = None
         if not self._decided_by_number:
             verdicts = [score.passed for _, score in pairs if score.passed is not None]
@@ -98,19 +104,33 @@ class Composite:
         if failed:
             return Score(reward=self._penalty, passed=passed, parts=values)
         for part, score in pairs:
-            if score.error:
+            if score.error and part.weight:
                 return Score.failed(f"{part.name}: {score.error}")
         return Score(
-            reward=sum(part.weight * score.reward for part, score in pairs), passed=passed, parts=values
+            reward=sum(part.weight * score.reward for part, score in pairs if not score.error),
+            passed=passed,
+            parts=values,
         )
 
-    def _announce(self, name: str, error: str) -> None:
-        if name not in self._said:
-            self._said.add(name)
-            log.warning("reward.parts: the gate %r broke, which gives reward.penalty: %s", name, error)
+    def _announce(self, part: Part, error: str) -> None:
+        self._broke[part.name] += 1
+        if self._broke[part.name] > 1:
+            return
+        if part.gate:
+            log.warning("reward.parts: the gate %r broke, which gives reward.penalty: %s", part.name, error)
+        else:
+            log.warning(
+                "reward.parts: %r broke; its weight is 0, so the reward goes on without it: %s",
+                part.name,
+                error,
+            )
 
     def close(self) -> None:
-        """Close every part; safe to call twice."""
+        """Close every part, and say how often those broke that do not fail a score; safe to call twice."""
+        if self._broke:
+            counts = ", ".join(f"{name} {count}" for name, count in self._broke.items())
+            log.warning("reward.parts: gates and parts of weight 0 that broke, times: %s", counts)
+            self._broke.clear()
         for part in self._parts:
             close(part.reward)
 
@@ -169,6 +189,11 @@ def build(config: Config, renderer: Renderer) -> Composite:
         raise ConfigError(
             'reward.type = "composite" has no parts.',
             fix='add [[reward.parts]] tables, each with type = "math" or another reward or constraint.',
+        )
+    if config.training.truncated == "soft" and any("overlong" in (t.label, t.type) for t in found):
+        raise ConfigError(
+            'reward.parts has a part overlong, and training.truncated = "soft" adds one to every reward.',
+            fix="remove one of the two (or give a part that measures something else another name).",
         )
     with contextlib.ExitStack() as made:
         parts: list[Part] = []

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _CACHED = 16384
 _MEMORY_BYTES = 2 << 30  # sympy needs a tenth of it; the same on every machine, so that verdicts are
+_LONGEST = 1000  # characters; the longest reference of MATH has 159
+_DEEPEST = 50
 _DECIDES = ("math-verify", "latex2sympy2_extended", "sympy")
 
 
@@ -29,7 +31,8 @@ class Math:
     """1.0 for an equal answer, else 0.0, always with ``passed``.
 
     The last box after the last ``</think>`` counts. No box or an empty reference is wrong, the reference's own
-    text is right; anything else is decided by math_verify in child processes, once per pair of box and
+    text is right. A box of more than 1000 characters and ten times the reference's, or with brackets more than 50
+    deep, is wrong as it stands; anything else is decided by math_verify in child processes, once per pair of box and
     reference. A comparison without a verdict (past its deadline, out of memory, crashed, an exception) is a
     failed Score, never a 0. Not to be used from two event loops at once.
     """
@@ -77,6 +80,8 @@ class Math:
             return False
         if box == reference:
             return True
+        if len(box) > max(_LONGEST, 10 * len(reference)) or _depth(box) > _DEEPEST:
+            return False  # a run of digits or brackets costs seconds to read, and equals nothing
         pair = (box, reference)
         if pair in self._verdicts:
             self._verdicts.move_to_end(pair)
@@ -100,6 +105,18 @@ class Math:
     def close(self) -> None:
         """End the child processes; safe to call twice."""
         self._sandbox.close()
+
+
+def _depth(text: str) -> int:
+    """How deep braces, parentheses and brackets stand inside each other, closed or not."""
+    depth = deepest = 0
+    for character in text:
+        if character in "{([":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in "})]":
+            depth = max(0, depth - 1)
+    return deepest
 
 
 def _score(verdict: bool | str) -> Score:

@@ -60,12 +60,18 @@ _BOOT = (
 
 
 class _Lost(Exception):
-    """The child cannot be used any more; ``output`` is the end of what it printed."""
+    """The child cannot be used any more; ``output`` is the end of what it printed. ``unanswered``: it died without
+    a byte of an answer."""
 
-    def __init__(self, reason: str, output: str) -> None:
+    def __init__(self, reason: str, output: str, *, unanswered: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.output = output
+        self.unanswered = unanswered
+
+
+class _Gone(Exception):
+    """A child that had been idle died before it answered anything."""
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -155,7 +161,8 @@ class _Child:
                         continue
                     if not chunk:
                         self._drain(stderr)
-                        raise _Lost(f"the reward's process died: {self._end()}", self._output())
+                        reason = f"the reward's process died: {self._end()}"
+                        raise _Lost(reason, self._output(), unanswered=not got)
                     got += chunk
                     if b"\n" in got:
                         return got.partition(b"\n")[0]
@@ -179,6 +186,17 @@ class _Child:
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
         return f"exit code {code}"
+
+    def lives(self) -> bool:
+        """Whether the process still runs. One that has ended is left to ``close``."""
+        with self._lock:
+            if self._killed or self._reaped:
+                return False
+            if hasattr(os, "waitid"):  # unlike a poll it does not reap, so the number stays the process's own
+                with contextlib.suppress(ChildProcessError):
+                    return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            self._reaped = self._process.poll() is not None
+            return not self._reaped
 
     def kill(self) -> None:
         """Kill the process and everything it started in its group; from any thread."""
@@ -268,7 +286,7 @@ class Sandbox:
 
     def _check(self) -> tuple[str, ...]:
         try:
-            child = self._take()
+            child, _ = self._take()
         except _Lost as error:
             detail = error.output.strip().splitlines()
             raise FunctionRefused(
@@ -280,7 +298,15 @@ class Sandbox:
 
     def _call(self, request: Mapping[str, Any]) -> Answer:
         try:
-            child = self._take()
+            return self._attempt(request, fresh=False)
+        except _Gone:
+            # It may have been killed as the first of all, for want of memory, and not by this call.
+            return self._attempt(request, fresh=True)
+
+    def _attempt(self, request: Mapping[str, Any], *, fresh: bool) -> Answer:
+        """The answer of one child; _Gone when one that had been idle died before it said anything."""
+        try:
+            child, had_been_idle = self._take(fresh=fresh)
         except FunctionRefused as error:
             return Answer(
                 error=f"{self._module}.{self._function} could be used before, but now {error.reason}"
@@ -294,6 +320,8 @@ class Sandbox:
             answer = _read(message)
         except _Lost as error:
             self._drop(child)
+            if had_been_idle and error.unanswered:
+                raise _Gone from error
             late = f"no result within reward.timeout_s = {self._timeout_s:g} seconds"
             reason = error.reason or late
             return Answer(error=reason, traceback=f"{reason}\n{error.output}".rstrip())
@@ -303,12 +331,12 @@ class Sandbox:
         self._give(child)
         return answer
 
-    def _take(self) -> _Child:
-        with self._pool.lock:
-            if self._pool.closed:
-                raise _Lost("the run ended", "")
-            if self._pool.idle:
-                return self._pool.idle.pop()
+    def _take(self, *, fresh: bool = False) -> tuple[_Child, bool]:
+        """A child for one call, and whether it had been idle. ``fresh``: a new one."""
+        while (idle := self._idle(fresh)) is not None:
+            if idle.lives():
+                return idle, True
+            self._drop(idle)
         child = _Child(_environment() | self._environment)
         with self._pool.lock:
             self._pool.live.add(child)
@@ -335,7 +363,13 @@ class Sandbox:
                     f"the module took longer than {_START_S:g} seconds to import", error.output
                 ) from error
             raise
-        return child
+        return child, False
+
+    def _idle(self, fresh: bool) -> _Child | None:
+        with self._pool.lock:
+            if self._pool.closed:
+                raise _Lost("the run ended", "")
+            return None if fresh or not self._pool.idle else self._pool.idle.pop()
 
     def _memory_bytes(self) -> int:
         share = _memory_bytes() * 8 // 10 // self._workers
