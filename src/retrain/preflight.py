@@ -226,17 +226,18 @@ def check_lengths(config: Config, renderer: Renderer, tasks: Sequence[Task], con
         return
     # Encoding every prompt takes seconds; the longest by characters hold the longest by tokens, near enough.
     longest = sorted(tasks, key=lambda t: -sum(len(m.content) for m in t.messages))[:16]
-    prompt = max((len(renderer.encode(t.messages)) for t in longest), default=0)
+    prompt, which = max(((len(renderer.encode(t.messages)), t.id) for t in longest), default=(0, ""))
     if prompt >= context:
         raise ConfigError(
-            f"the longest prompt has {prompt} tokens and does not fit: {config.model.model} has {context} positions.",
+            f"the longest prompt ({which}) has {prompt} tokens and does not fit: {config.model.model} has {context} "
+            "positions.",
             fix="use other tasks, a shorter data.instruction or data.system, or another model.",
         )
     needed = prompt + config.training.max_tokens
     if needed > context:
         raise ConfigError(
-            f"the longest prompt has {prompt} tokens; with training.max_tokens = {config.training.max_tokens} a rollout may "
-            f"need {needed} positions, but {config.model.model} has {context}.",
+            f"the longest prompt ({which}) has {prompt} tokens; with training.max_tokens = {config.training.max_tokens} a "
+            f"rollout may need {needed} positions, but {config.model.model} has {context}.",
             fix=f"set training.max_tokens to at most {context - prompt}.",
         )
 

@@ -402,3 +402,40 @@ def test_mistakes_inside_a_table_of_an_array_name_their_place(source: dict[str, 
     with pytest.raises(ConfigError) as caught:
         load(source)
     assert message in str(caught.value)
+
+
+def test_the_checks_are_those_of_the_composite_reward() -> None:
+    from retrain.rewards.checks import CHECKS
+
+    assert set(names.CHECKS) == set(CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            {**BASE, "reward": {"type": "composite", "parts": [{"type": "formt"}]}},
+            'reward.parts[0].type = "formt" is unknown. Fix: did you mean \'format\'?',
+        ),
+        (
+            {"data": {"source": "mixture", "mixture": [{"source": "gsmk8"}]}},
+            'data.mixture[0].source = "gsmk8" is unknown. Fix: did you mean \'gsm8k\'?',
+        ),
+        (
+            {**BASE, "eval": {"suites": [{"source": "gsm8k", "reward": "maths"}]}},
+            'eval.suites[0].reward = "maths" is unknown. Fix: did you mean \'math\'?',
+        ),
+        (
+            {**BASE, "reward": {"type": "composite", "parts": [{"type": "format", "tags": "think"}]}},
+            "reward.parts[0].tags: must be an array, such as [...].",
+        ),
+        (
+            {**BASE, "reward": {"type": "composite", "parts": [{"type": "format", "gate": 1}]}},
+            "reward.parts[0].gate: must be true or false.",
+        ),
+    ],
+)
+def test_names_and_types_inside_a_table_are_checked_before_anything_loads(source: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(source)
+    assert message in str(caught.value)

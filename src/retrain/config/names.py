@@ -40,6 +40,17 @@ LATER: dict[str, tuple[str, ...]] = {
     "sink": (),
 }
 
+CHECKS = (
+    "penalize_text_containing",
+    "length",
+    "regex",
+    "format",
+    "language",
+    "json_schema",
+    "overlong",
+)
+"""Constraints that a part of a composite reward may be, besides rewards."""
+
 OPEN = ("advantage", "transform", "algorithm", "uncertainty", "detector", "reward", "source", "loss", "sink")
 """Kinds that also take the dotted path of a plug-in."""
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
+from retrain.config import names
 from retrain.config.fields import literal
 from retrain.config.problems import KeyPath, Problem, dotted
 from retrain.config.ranges import (
@@ -171,6 +173,15 @@ def _check(path: KeyPath, tables: Sequence[Mapping[str, Any]], model: type[T]) -
             continue
         if isinstance(checked, SourceTable):
             yield from _idle((*path, index), checked)
+            sources = [n for n in names.BUILT["source"] if n != "mixture"]
+            if checked.source != "mixture":
+                yield from _unknown((*path, index, "source"), checked.source, "source", sources)
+            rewards = [n for n in names.BUILT["reward"] if n not in ("routed", "composite")]
+            if checked.reward and checked.reward != "composite":
+                yield from _unknown((*path, index, "reward"), checked.reward, "reward", rewards)
+        elif isinstance(checked, PartTable) and checked.type not in ("composite", "routed"):
+            kinds = [n for n in names.BUILT["reward"] if n not in ("routed", "composite")]
+            yield from _unknown((*path, index, "type"), checked.type, "reward", [*kinds, *names.CHECKS])
         label = str(getattr(checked, "label"))  # noqa: B009  every model here has one
         if label in labels:
             yield Problem(
@@ -202,6 +213,35 @@ def _idle(path: KeyPath, table: SourceTable) -> Iterator[Problem]:
             yield Problem((*path, key), said, f"remove it, or change {because}.")
 
 
+def _unknown(path: KeyPath, name: str, kind: str, known: Sequence[str]) -> Iterator[Problem]:
+    """A name that is neither built in, nor a dotted path, nor an installed package's."""
+    if (
+        name in known
+        or "." in name
+        or ":" in name
+        or name in {e.name for e in entry_points(group=f"retrain.{kind}")}
+    ):
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    fix = (
+        f"did you mean {near[0]!r}?"
+        if near
+        else f"known: {', '.join(known)}, or your own by its dotted path."
+    )
+    yield Problem(path, f"{dotted(path)} = {literal(name)} is unknown.", fix)
+
+
+_PLAIN = {
+    "tuple_type": "must be an array, such as [...]",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text",
+    "int_type": "must be an integer",
+    "float_type": "must be a number",
+    "dict_type": "must be a table",
+}
+"""What pydantic says in Python's words, in TOML's."""
+
+
 def _problem(
     path: KeyPath, model: type[Section], loc: Sequence[str | int], message: str, kind: str
 ) -> Problem:
@@ -214,4 +254,7 @@ def _problem(
         return Problem(place, f"{shown} has no key {loc[0]!r}.", fix, unknown=True)
     if kind == "missing":
         return Problem(path, f"{shown} lacks {loc[0]}.", f"add {loc[0]} = ...")
-    return Problem(place, f"{shown}.{'.'.join(map(str, loc))}: {message}.", "correct the value.")
+    what = _PLAIN.get(kind, message[:1].lower() + message[1:])
+    return Problem(
+        place, f"{shown}.{'.'.join(map(str, loc))}: {what.removeprefix('input ')}.", "correct the value."
+    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from retrain import plugins
-from retrain.errors import RetrainError, RewardError
+from retrain.errors import PluginError, RetrainError, RewardError
 from retrain.protocols import Renderer, Reward
 from retrain.rewards import calling
 from retrain.types import Rollout, Score, Task
@@ -63,4 +64,9 @@ class OwnReward:
 def make_reward(name: str, config: Config, renderer: Renderer) -> Reward:
     """The reward ``name``: a built-in one as it is, one's own under guard."""
     reward = plugins.make("reward", name, config, renderer)
-    return OwnReward(name, reward) if plugins.is_own("reward", name) else reward
+    if not plugins.is_own("reward", name):
+        return reward
+    score = getattr(reward, "score", None)
+    if inspect.isfunction(getattr(score, "__func__", score)) and not inspect.iscoroutinefunction(score):
+        raise PluginError(f"reward {name!r}: its score is not async.", fix="write async def score(self, task, rollouts_G).")
+    return OwnReward(name, reward)
