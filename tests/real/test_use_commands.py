@@ -748,7 +748,7 @@ def one_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["export", "run", "--output", "x", "--merged", "--dtype", "int3"], "float32, bf16 or float16"),
         (["export", "retrain/tiny", "--output", "x"], "no adapter to export"),
         (["export", "run", "--output", "run/inside"], "lies in what is exported"),
-        (["eval", "run", "--instruction", "long " * 200], "the longest prompt has"),
+        (["eval", "run", "--instruction", "long " * 200], "the longest prompt ("),
         (["eval", "run", "--instruction", "long " * 200, "--max-tokens", "8"], "shorter data.instruction"),
         (["export", "run", "--output", "retrain.toml"], "--output"),
         (["export", "run", "--output", "x", "--lr", "1"], "--lr does nothing in retrain export"),
