@@ -27,8 +27,8 @@ class Generated:
 
     The task says in ``info["recipe"]`` how it was made: ``generator``, ``config`` (with seed and size) and
     ``index``; ``info["entry"]`` may hold what was made. What is scored is ``extract.stated_answer``: the last
-    ``<answer>``, else the last box, else the last line. An answer that the generator cannot read is 0; a generator
-    that hangs, crashes or cannot score its own reference is a failed Score.
+    ``<answer>``, else the last box, else the last line. Whatever the generator raises, a hang and a crash are failed
+    Scores, never a 0.
     """
 
     bounds = (0.0, 1.0)
