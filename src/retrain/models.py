@@ -29,7 +29,9 @@ from retrain.adapter_settings import (
     read_settings,
     start_directory,
 )
+from retrain.attention import Attend, one_sequence
 from retrain.config.schema import Config
+from retrain.decoder import Decoder, StockDecoder
 from retrain.errors import ConfigError, ModelError
 from retrain.head import Head, SelectedLogprobs
 from retrain.memory import merged_copies_fit
@@ -104,6 +106,7 @@ class Policy:
         model.requires_grad_(False)
         self.layers, self.adapter = attach(model, lora, seed, self._mode)
         self.backbone: Any = getattr(model, model.base_model_prefix)
+        self._decoder: Decoder = StockDecoder(model)
         self.head = Head(model.get_output_embeddings())
         self._check_head()
         self._check_untouched()
@@ -157,6 +160,11 @@ class Policy:
         )
         enable({"use_reentrant": False})
 
+    def forward(self, ids_N: torch.Tensor, positions_N: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Final hidden states (N, H) of N tokens on one flat axis, in the current mode, differentiable; ``positions_N`` are
+        their places in their own sequences, and ``attend`` knows which token sees which."""
+        return self._decoder(ids_N, positions_N, attend)
+
     def hidden(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, **kwargs: Any) -> Any:
         """Backbone output for (B, T) ids; ``last_hidden_state`` is (B, T, H)."""
         return self.backbone(input_ids=ids_BT, attention_mask=mask_BT, **kwargs)
@@ -177,10 +185,10 @@ class Policy:
 
     def sequence_logprobs(self, ids_T: IntArray, temperature: float = 1.0) -> torch.Tensor:
         """Logprobs (T - 1,) of a sequence's tokens from the second on, in the current mode, without gradient."""
-        ids = torch.as_tensor(ids_T, dtype=torch.long, device=self.device)[None]
+        ids = torch.as_tensor(ids_T, dtype=torch.long, device=self.device)
         with torch.no_grad():
-            out = self.hidden(ids, torch.ones_like(ids), use_cache=False).last_hidden_state[0, :-1]
-            return self.selected_logprobs(out, ids[0, 1:], temperature, 1024)
+            out = self.forward(ids, torch.arange(len(ids), device=self.device), one_sequence)[:-1]
+            return self.selected_logprobs(out, ids[1:], temperature, 1024)
 
     def canary(self) -> Canary:
         """Sixteen fixed tokens as the learner scores them now."""

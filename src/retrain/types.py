@@ -82,7 +82,8 @@ class Sampling:
     """Everything a request states about sampling; nothing is left to an engine's or a model's defaults.
 
     top_k is off, min_p is 0 and penalties are neutral by definition. ``stop_ids`` end a completion and are
-    part of it; ``stop`` are texts, the token that completes one is the completion's last.
+    part of it; ``stop`` are texts, the token that completes one is the completion's last. ``extended`` says that a
+    later request's prompt will begin with this prompt and completion: an engine may keep what it computed of them.
     """
 
     temperature: float
@@ -92,6 +93,7 @@ class Sampling:
     stop: tuple[str, ...]
     want_entropy: bool
     noise: NoiseKey
+    extended: bool = False
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, f"temperature must be above 0, not {self.temperature}")
