@@ -63,6 +63,7 @@ TABLE: dict[str, dict[str, str]] = {
         "entropy_mask": "retrain.algorithms.transforms:entropy_mask",
     },
     "algorithm": {},
+    "trace": {},
     "uncertainty": {
         "surprisal": "retrain.algorithms.transforms:surprisal",
         "predictive_variance": "retrain.algorithms.transforms:predictive_variance",
