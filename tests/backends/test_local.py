@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from retrain.backends import local
-from retrain.backends.local import plan_microbatches
 from retrain.backends.loss import LossSettings, LossTokens, importance_sampling, token_weights
 from retrain.errors import ResumeError
 from retrain.types import OptimStep
@@ -115,16 +114,6 @@ def test_checkpointing_gives_the_same_gradient(make_backend, make_batch):
     backend.policy.recompute_activations()
     _, gradient = flat_gradient(backend, batch)
     assert distance(gradient, expected) <= 1e-6
-
-
-def test_a_microbatch_plan_covers_every_row_once_longest_first():
-    lengths = [5, 40, 12, 12, 9, 33, 40]
-    plan = plan_microbatches(lengths, 80)
-    assert sorted(i for m in plan for i in m) == list(range(7))
-    assert plan[0][0] == 1
-    assert all(len(m) == 1 or len(m) * max(lengths[i] for i in m) <= 80 for m in plan)
-    assert plan_microbatches([100], 10) == [[0]]
-    assert plan_microbatches([], 10) == []
 
 
 def test_importance_sampling_is_reinforce_on_policy():

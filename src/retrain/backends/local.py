@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,41 +23,15 @@ import torch
 
 from retrain.backends.loss import token_weights
 from retrain.backends.objective import Objective, Scored, Tally, summary
+from retrain.backends.packing import Packed, families, pack_rows, plan_microbatches
 from retrain.config.schema import Config
 from retrain.errors import ModelError, ResumeError
 from retrain.memory import MemoryPlan
 from retrain.models import Policy, load_policy
 from retrain.protocols import Renderer
-from retrain.types import Capabilities, OptimStep, SharedWeights, StepReport, TrainBatch, TrainRow
+from retrain.types import Capabilities, OptimStep, SharedWeights, StepReport, TrainBatch
 
 log = logging.getLogger("retrain")
-
-
-def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Row numbers per microbatch, longest first (what does not fit fails at once, not after hours), such that
-    rows * longest row <= ``max_tokens`` wherever a microbatch holds more than one row."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    plan: list[list[int]] = []
-    for i in order:
-        if plan and (len(plan[-1]) + 1) * lengths[plan[-1][0]] <= max_tokens:
-            plan[-1].append(i)
-        else:
-            plan.append([i])
-    return plan
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A microbatch on the device: padded rows (B, T), and per-token values (N,) of the sampled tokens, row by row."""
-
-    ids_BT: torch.Tensor
-    mask_BT: torch.Tensor
-    sampled_BT: torch.Tensor
-    before_BT: torch.Tensor
-    row_N: torch.Tensor
-    sampler_N: torch.Tensor
-    advantages_N: torch.Tensor
-    weights_N: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +143,8 @@ class LocalBackend:
         self._adam.zero_grad(set_to_none=True)
         if self._fixed.batch is not batch:
             self._fixed = _Fixed(batch, self._version)
-        lengths = [len(row.token_ids_T) for row in batch.rows]
-        memory = self._memory(max(lengths))
-        plan = plan_microbatches(lengths, self._microbatch_tokens or memory.microbatch_tokens)
+        memory = self._memory(max(len(row.token_ids_T) for row in batch.rows))
+        plan = plan_microbatches(families(batch.rows), self._microbatch_tokens or memory.microbatch_tokens)
         weights = token_weights(batch, self._agg)
         losses: list[float] = []
         tallies: list[Tally] = []
@@ -209,7 +182,7 @@ class LocalBackend:
     ) -> tuple[float, Tally]:
         """Add one microbatch's gradient; its share of the loss, and what to report."""
         objective, policy, fixed = self._objective, self.policy, self._fixed
-        piece = self._piece([batch.rows[i] for i in picked], [weights[i] for i in picked])
+        piece = pack_rows([batch.rows[i] for i in picked], [weights[i] for i in picked], policy.device)
         dropout = self._config.lora.dropout
         plain: torch.Tensor | None = None
         with torch.no_grad():
@@ -227,10 +200,10 @@ class LocalBackend:
                 Scored(
                     new_N=new,
                     plain_N=plain,
-                    sampler_N=piece.sampler_N,
-                    advantages_N=piece.advantages_N,
-                    weights_N=piece.weights_N,
-                    row_N=piece.row_N,
+                    sampler_N=piece.sampler_M,
+                    advantages_N=piece.advantages_M,
+                    weights_N=piece.weights_M,
+                    row_N=piece.row_M,
                     learner_N=fixed.learner.get(picked),
                     base_N=fixed.base.get(picked),
                     entropy_N=entropy,
@@ -240,34 +213,9 @@ class LocalBackend:
             loss.backward()
         return float(loss.detach()), tally
 
-    def _piece(self, rows: Sequence[TrainRow], weights: Sequence[npt.NDArray[np.float64]]) -> _Piece:
-        device = self.policy.device
-        width = max(len(row.token_ids_T) for row in rows)
-        ids = np.zeros((len(rows), width), dtype=np.int64)
-        mask = np.zeros((len(rows), width), dtype=np.int64)
-        sampled = np.zeros((len(rows), width), dtype=bool)
-        for i, row in enumerate(rows):
-            n = len(row.token_ids_T)
-            ids[i, :n], mask[i, :n], sampled[i, :n] = row.token_ids_T, 1, row.sampled_T
-
-        def flat(arrays: Sequence[npt.NDArray[Any]]) -> torch.Tensor:
-            picked = [a[row.sampled_T] for a, row in zip(arrays, rows, strict=True)]
-            return torch.as_tensor(np.concatenate(picked).astype(np.float32), device=device)
-
-        return _Piece(
-            ids_BT=torch.as_tensor(ids, device=device),
-            mask_BT=torch.as_tensor(mask, device=device),
-            sampled_BT=torch.as_tensor(sampled, device=device),
-            before_BT=torch.as_tensor(np.roll(sampled, -1, axis=1), device=device),
-            row_N=torch.as_tensor(np.nonzero(sampled)[0], device=device),
-            sampler_N=flat([row.old_logprobs_T for row in rows]),
-            advantages_N=flat([row.advantages_T for row in rows]),
-            weights_N=flat(weights),
-        )
-
     def _score(
         self,
-        piece: _Piece,
+        piece: Packed,
         temperature: float,
         memory: MemoryPlan,
         *,
@@ -279,10 +227,10 @@ class LocalBackend:
         policy.model.train(memory.checkpointing and torch.is_grad_enabled())
         try:
             with policy.mode(kind):
-                hidden = policy.hidden(piece.ids_BT, piece.mask_BT, use_cache=False).last_hidden_state
+                hidden = policy.forward(piece.ids_N, piece.positions_N, piece.attend)
         finally:
             policy.model.eval()
-        states, targets = hidden[piece.before_BT], piece.ids_BT[piece.sampled_BT]
+        states, targets = hidden.index_select(0, piece.before_M), piece.targets_M
         if entropy:
             return policy.selected_logprobs_and_entropies(states, targets, temperature, memory.head_tokens)
         return policy.selected_logprobs(states, targets, temperature, memory.head_tokens), None
