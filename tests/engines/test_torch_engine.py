@@ -14,12 +14,17 @@ from scipy import stats
 
 from retrain.backends import local
 from retrain.engines import torch_engine
-from retrain.engines.torch_engine import sample_tokens
+from retrain.engines.draw import draw
 from retrain.errors import EngineError
 from retrain.renderer import load_renderer
 from retrain.types import NoiseKey, Sampling
 
 torch.set_num_threads(1)
+
+
+def sample_tokens(logits, temperature, top_p, u, entropy):
+    got = draw(logits.clone(), temperature, top_p, u, entropy)
+    return got.ids_B, got.logprobs_B, got.entropies_B
 
 
 def sampling(**changes):

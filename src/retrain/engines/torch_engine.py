@@ -1,8 +1,14 @@
-"""The in-process sampler: batches every request of a step on one thread, over the learner's own weights.
+"""The in-process sampler: continuous batching on one thread, over the learner's own weights.
 
-Group members share their prompt's prefill, finished rows leave the batch, and every token's logprob (and
-entropy, when asked) comes from the temperature-scaled distribution before top-p. Leaves out: rows that join
-a running batch, and any kernel of our own.
+Requests join and leave a running batch between any two tokens. What a batch is made of at each token, and so every
+bit of its results, is a function of the requests as long as environments answer at once: requests of the same turns of
+the event loop start together, and after every step that finished a request the engine waits until the loop has run
+what the result set off, so that a next turn which needs no real waiting is queued before the next token. A tool with
+real latency joins at whatever step its answer comes; ids then stay the same (the noise is keyed, not drawn from a
+generator) but for logprobs' last bits and the rare token whose uniform lies on an edge.
+
+Every token's logprob (and entropy, when asked) comes from the temperature-scaled distribution before top-p. Leaves out:
+any kernel of our own.
 """
 
 # torch, peft and safetensors are only partly typed: what they return is Any here.
@@ -11,96 +17,64 @@ a running batch, and any kernel of our own.
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from concurrent.futures import TimeoutError as StillBusy
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
 import torch
 
 from retrain.config.schema import Config
-from retrain.engines.noise import uniforms
+from retrain.engines.prefixes import ParkingLot
+from retrain.engines.schedule import Batch, Limits, Request, Timings
 from retrain.errors import EngineError
 from retrain.memory import MemoryPlan
 from retrain.models import Policy
 from retrain.protocols import Renderer
 from retrain.types import Completion, FloatArray, IntArray, Sampling, SharedWeights, Weights
 
-log = logging.getLogger("retrain")
-
-
-@dataclass(slots=True)
-class _Request:
-    prompt_ids: IntArray
-    n: int
-    sampling: Sampling
-    future: asyncio.Future[list[Completion]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One completion to sample: its request's number, its member inside the request, its uniforms."""
-
-    request: int
-    member: int
-    noise: np.ndarray[Any, np.dtype[np.float64]]
-
-
-def sample_tokens(
-    logits_BV: torch.Tensor,
-    temperature_B: torch.Tensor,
-    top_p_B: torch.Tensor,
-    uniform_B: torch.Tensor,
-    entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Draw one token per row by inverse CDF; returns ids, their tempered logprobs and entropies (nats).
-
-    Top-p keeps the smallest set of most likely tokens whose mass reaches ``top_p``; logprobs and entropies
-    always describe the distribution before that cut. ``uniform_B`` is float64 in [0, 1).
-    """
-    logprobs = torch.log_softmax(logits_BV.float() / temperature_B[:, None], dim=-1)
-    mass = logprobs.exp()
-    entropies = None
-    if entropy:
-        # A token of probability 0 adds nothing; 0 * -inf would add NaN.
-        entropies = -(mass * logprobs.clamp_min(-1e4)).sum(-1)
-    # Whole numbers add up exactly in any order: the draw is the same on every device, and CUDA has no
-    # deterministic running sum of floats. A token below one part in 2**40 is out of reach.
-    parts = (mass * _ONE).long()
-    if bool((top_p_B < 1).any()):
-        ordered, order = parts.sort(dim=-1, descending=True, stable=True)
-        kept = ordered.cumsum(-1) - ordered < (top_p_B[:, None].double() * _ONE).long()
-        parts = torch.zeros_like(parts).scatter_(1, order, torch.where(kept, ordered, 0))
-    cumulative = parts.cumsum(-1)
-    target = (uniform_B[:, None] * cumulative[:, -1:]).long()
-    ids = torch.searchsorted(cumulative, target, right=True)
-    return ids.squeeze(1), logprobs.gather(1, ids).squeeze(1), entropies
-
-
-_ONE = float(2**40)
 _MOVED = 1e-4
 """Nats by which the learner's canary must have moved before an unmoved sampler is an error and not rounding."""
+_TURNS = 10
+"""Turns of the event loop that what a result sets off may take: a task wakes, gathers, asks again."""
+_BUSY_S = 60.0
+"""How long ``load`` waits for rows that nobody waits for any more to leave."""
 
 
 class TorchEngine:
-    """Engine over a ``Policy`` in this process."""
+    """Engine over a ``Policy`` in this process.
+
+    ``timings`` adds up over the engine's life. ``static`` pads every step to a bucketed shape, which CUDA graphs need.
+    """
 
     def __init__(self, config: Config, renderer: Renderer) -> None:
         self._renderer = renderer
         self._share_prefill = config.inference.prefix_caching
         self._max_rows = config.inference.max_rows
-        self._longest = config.training.max_tokens
+        self._eight_bit = config.inference.kv_cache_dtype == "fp8"
+        self.static: bool | None = None
+        """None: on CUDA."""
         self._policy: Policy | None = None
         self._plan: MemoryPlan | None = None
         self._version = -1
         self._loaded = ""
         self._canary: tuple[FloatArray, FloatArray] | None = None  # the learner's and ours, at the last load
         self._merged = False
-        self._waiting: list[_Request] = []
+        self.timings = Timings()
         self.asked = self.finished = 0
         """Rollouts of the present call, and how many of them have ended: for whoever shows progress."""
+        self.kv_bytes = self.kv_peak = 0
+        """Memory of keys and values, of live rows and parked sequences: now, and at most so far."""
+        self._parked = ParkingLot()
+        self._batch: Batch | None = None
+        self._lock = threading.Lock()
+        self._waiting: list[Request] = []  # with the lock
+        self._running = False  # with the lock: somebody will look at what waits
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="retrain-engine")
 
     def load(self, weights: Weights) -> None:
@@ -110,6 +84,8 @@ class TorchEngine:
                 "the in-process engine samples only from a learner in the same process.",
                 fix='use backend = "local".',
             )
+        self._settle_down()
+        self.release()
         if self._loaded == weights.fingerprint and self._policy is weights.policy:
             self._version = weights.version
             return
@@ -143,168 +119,118 @@ class TorchEngine:
     def _kind(self) -> Any:
         return "merged" if self._merged else "adapter"
 
+    def release(self) -> None:
+        """Give back the memory of parked sequences; a prompt that goes on from one is then computed anew."""
+        self._parked.shrink(0)
+        self.kv_bytes = self._parked.bytes + (self._batch.bytes if self._batch else 0)
+
+    def _settle_down(self) -> None:
+        """Rows that nobody waits for leave at their next step; weights must not change under them."""
+        if self._closed or not self._running:
+            return
+        try:
+            self._thread.submit(lambda: None).result(timeout=_BUSY_S)
+        except StillBusy:
+            raise EngineError("weights were loaded while the engine was sampling.") from None
+
     async def generate(self, prompt_ids: IntArray, n: int, sampling: Sampling) -> list[Completion]:
-        """Queue the request; everything queued in the same turn of the event loop is sampled as one batch."""
+        """Queue the request: it joins the batch at the next step that has room for it, first come first served."""
         loop = asyncio.get_running_loop()
-        request = _Request(prompt_ids, n, sampling, loop.create_future())
-        self._waiting.append(request)
-        if len(self._waiting) == 1:
-            # Runs after every attempt that was started together has queued its request, so the batch does
-            # not depend on timing.
-            loop.call_soon(self._flush, loop)
+        request = Request(prompt_ids, n, sampling, loop.create_future())
+        with self._lock:
+            self._waiting.append(request)
+            starts, self._running = not self._running, True
+        if starts:
+            # Every attempt that was started together has queued its request by then.
+            _after_turns(loop, self._start)
         return await request.future
 
-    def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
-        requests, self._waiting = self._waiting, []
-        done = loop.run_in_executor(self._thread, self._sample, requests)
+    def _start(self) -> None:
+        self.asked = self.finished = 0
+        try:
+            self._thread.submit(self._run)
+        except RuntimeError:
+            self._fail(EngineError("the engine was asked to sample after it was closed."))
 
-        def deliver(result: asyncio.Future[list[list[Completion]]]) -> None:
-            for i, request in enumerate(requests):
-                if request.future.done():
-                    continue
-                if result.cancelled():
-                    request.future.cancel()
-                elif (error := result.exception()) is not None:
-                    request.future.set_exception(error)
-                else:
-                    request.future.set_result(result.result()[i])
+    def _run(self) -> None:
+        """The sampling thread's work until nothing is left to sample."""
+        try:
+            while True:
+                done = self._until_idle()
+                with self._lock:
+                    self._running = bool(self._waiting)
+                    going = self._running
+                # What waits for the last results may train at once: by now the batch has given everything back.
+                self._deliver(done, wait=going)
+                if not going:
+                    return
+        except BaseException as error:  # noqa: BLE001  it belongs to whoever waits
+            self._fail(error)
 
-        done.add_done_callback(deliver)
-
-    def _sample(self, requests: Sequence[_Request]) -> list[list[Completion]]:
+    def _until_idle(self) -> list[Request]:
+        """Step until nothing is live or waiting; the requests of the last step are left to be delivered."""
         policy = self._policy
         if policy is None:
             raise EngineError("the engine was asked to sample before it was given weights.")
-        rows = [
-            _Row(i, m, noise)
-            for i, r in enumerate(requests)
-            for m, noise in enumerate(uniforms(r.sampling.noise, r.n, r.sampling.max_tokens))
-        ]
-        results: list[list[Completion | None]] = [[None] * r.n for r in requests]
-        self.asked, self.finished = len(rows), 0
-        with torch.no_grad(), policy.mode(self._kind):
-            for chunk in self._chunks(policy, requests, rows):
-                for row, completion in zip(chunk, self._run(policy, requests, chunk), strict=True):
-                    results[row.request][row.member] = completion
-        return [[c for c in group if c is not None] for group in results]
+        before = self.finished
+        try:
+            with torch.no_grad(), policy.mode(self._kind):
+                done: list[Request] = []
+                while not self._closed:
+                    with self._lock:
+                        new, self._waiting = self._waiting, []
+                    self.asked += sum(r.n for r in new)
+                    batch = self._batch = self._batch or self._new_batch(policy, new)
+                    batch.add(new)
+                    done = batch.step()
+                    self.finished = before + batch.ended
+                    self.kv_bytes = batch.bytes + self._parked.bytes
+                    self.kv_peak = max(self.kv_peak, self.kv_bytes)
+                    if not batch.busy:
+                        break
+                    if done:
+                        self._deliver(done, wait=True)
+                        done = []
+                else:
+                    raise EngineError("the engine was closed while it was sampling.")
+        finally:
+            left = self._batch.requests() if self._batch else []
+            self._batch = None
+            self.kv_bytes = self._parked.bytes
+            with self._lock:
+                self._waiting[:0] = left  # an error is still to reach them
+        return done
 
-    def _chunks(self, policy: Policy, requests: Sequence[_Request], rows: list[_Row]) -> list[list[_Row]]:
-        """Cut the rows where their caches would outgrow the memory plan, keeping groups together where they fit."""
-        longest = max(len(r.prompt_ids) + r.sampling.max_tokens for r in requests)
+    def _new_batch(self, policy: Policy, requests: Sequence[Request]) -> Batch:
         if self._plan is None:
+            longest = max(r.longest for r in requests)
             self._plan = MemoryPlan.for_model(
                 policy.model.config, policy.device, policy.dtype, policy.parameters_total, longest
             )
-        limit = self._max_rows or max(1, min(self._plan.kv_tokens // longest, self._plan.sample_rows))
-        chunks: list[list[_Row]] = [[]]
-        for i, request in enumerate(requests):
-            group = [row for row in rows if row.request == i]
-            if chunks[-1] and len(chunks[-1]) + request.n > limit:
-                chunks.append([])
-            for row in group:
-                if len(chunks[-1]) >= limit:
-                    chunks.append([])
-                chunks[-1].append(row)
-        return [c for c in chunks if c]
-
-    def _run(self, policy: Policy, requests: Sequence[_Request], rows: Sequence[_Row]) -> list[Completion]:
-        device = policy.device
-        samplings = [requests[row.request].sampling for row in rows]
-        numbers = (
-            list(dict.fromkeys(row.request for row in rows))
-            if self._share_prefill
-            else [row.request for row in rows]
-        )
-        prompts = [requests[i].prompt_ids for i in numbers]
-        source = (
-            [numbers.index(row.request) for row in rows] if self._share_prefill else list(range(len(rows)))
+        return Batch(
+            policy,
+            Limits.of(self._plan, self._max_rows),
+            version=self._version,
+            share=self._share_prefill,
+            static=policy.device.type == "cuda" if self.static is None else self.static,
+            eight_bit=self._eight_bit,
+            parked=self._parked,
+            timings=self.timings,
+            stopped=self._stopped,
         )
 
-        from transformers import DynamicCache
+    def _deliver(self, requests: Sequence[Request], *, wait: bool) -> None:
+        """Hand results to those who wait; with ``wait`` let their event loops run what that sets off."""
+        settled = _each_loop(requests, lambda r: r.future.set_result(r.results()))
+        for loop, event in settled if wait else ():
+            # A loop that was stopped for good never answers.
+            while not event.wait(0.1) and not loop.is_closed() and not self._closed:
+                pass
 
-        width = max(len(p) for p in prompts)
-        ids = np.zeros((len(prompts), width), dtype=np.int64)
-        mask = np.zeros((len(prompts), width), dtype=np.int64)
-        for i, p in enumerate(prompts):
-            ids[i, width - len(p) :] = p
-            mask[i, width - len(p) :] = 1
-        mask_BT = torch.as_tensor(mask, device=device)
-        position_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
-        cache: Any = DynamicCache(config=policy.model.config)
-        out = policy.hidden(
-            torch.as_tensor(ids, device=device),
-            mask_BT,
-            position_ids=position_BT,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        picked = torch.as_tensor(source, device=device)
-        cache = out.past_key_values
-        cache.batch_select_indices(picked)
-        hidden = out.last_hidden_state[:, -1][picked]
-        mask_BT = mask_BT[picked]
-        position = position_BT[picked, -1]
-
-        temperature = torch.tensor([s.temperature for s in samplings], dtype=torch.float32, device=device)
-        top_p = torch.tensor([s.top_p for s in samplings], dtype=torch.float32, device=device)
-        length = max(s.max_tokens for s in samplings)
-        noise = torch.zeros((len(rows), length), dtype=torch.float64)
-        for i, row in enumerate(rows):
-            noise[i, : len(row.noise)] = torch.from_numpy(row.noise)
-        noise = noise.to(device)
-        want_entropy = any(s.want_entropy for s in samplings)
-
-        tokens = np.zeros((len(rows), length), dtype=np.int32)
-        logprobs = np.zeros((len(rows), length), dtype=np.float32)
-        entropies = np.zeros((len(rows), length), dtype=np.float32)
-        ended: list[tuple[int, Any] | None] = [None] * len(rows)
-        before = self.finished
-        alive = list(range(len(rows)))  # batch position -> row, finished rows included until compaction
-        for t in range(length):
-            live = torch.as_tensor(alive, device=device)
-            got, lp, ent = sample_tokens(
-                policy.head.logits(hidden), temperature[live], top_p[live], noise[live, t], want_entropy
-            )
-            host, host_lp = got.tolist(), lp.cpu().numpy()
-            host_ent = ent.cpu().numpy() if ent is not None else None
-            for b, row in enumerate(alive):
-                if ended[row] is not None:
-                    continue
-                tokens[row, t], logprobs[row, t] = host[b], host_lp[b]
-                if host_ent is not None:
-                    entropies[row, t] = host_ent[b]
-                s = samplings[row]
-                if host[b] in s.stop_ids or (s.stop and self._stopped(tokens[row, : t + 1], s.stop)):
-                    ended[row] = (t + 1, "stop")
-                elif t + 1 >= s.max_tokens:
-                    ended[row] = (t + 1, "length")
-            running = [b for b, row in enumerate(alive) if ended[row] is None]
-            self.finished = before + len(rows) - len(running)
-            if not running:
-                break
-            # Leaving costs a copy of the cache: pay it when a quarter of the batch is idle.
-            if len(running) <= 0.75 * len(alive):
-                keep = torch.as_tensor(running, device=device)
-                cache.batch_select_indices(keep)
-                mask_BT, position, got = mask_BT[keep], position[keep], got[keep]
-                alive = [alive[b] for b in running]
-            position = position + 1
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones((len(alive), 1))], dim=1)
-            out = policy.hidden(
-                got[:, None], mask_BT, position_ids=position[:, None], past_key_values=cache, use_cache=True
-            )
-            hidden = out.last_hidden_state[:, -1]
-
-        done: list[Completion] = []
-        for i, end in enumerate(ended):
-            if end is None:
-                raise EngineError("a row left the sampler without an end; this is a bug.")
-            n, stop = end
-            entropy = entropies[i, :n].copy() if samplings[i].want_entropy else None
-            done.append(
-                Completion(tokens[i, :n].copy(), logprobs[i, :n].copy(), entropy, stop, self._version)
-            )
-        return done
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            requests, self._waiting, self._running = self._waiting, [], False
+        _each_loop(requests, lambda r: r.future.set_exception(error))
 
     def _stopped(self, ids_T: IntArray, stop: Sequence[str]) -> bool:
         """Does the last token complete one of the stop texts? The tail is long enough for any of them."""
@@ -324,8 +250,49 @@ class TorchEngine:
             self._plan = MemoryPlan(*state["plan"])
 
     def close(self) -> None:
-        """Stop the sampling thread."""
+        """Stop the sampling thread; what it was sampling fails."""
+        self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _after_turns(loop: asyncio.AbstractEventLoop, then: Callable[[], object], turns: int = _TURNS) -> None:
+    """Call it after so many turns of the loop."""
+
+    def turn(left: int) -> None:
+        if left:
+            loop.call_soon(turn, left - 1)
+        else:
+            then()
+
+    loop.call_soon(turn, turns)
+
+
+def _each_loop(
+    requests: Sequence[Request], give: Callable[[Request], None]
+) -> list[tuple[asyncio.AbstractEventLoop, threading.Event]]:
+    """Give every request its answer, in its own loop; the loops, and what is set once they have run what that set off."""
+    loops: dict[asyncio.AbstractEventLoop, list[Request]] = {}
+    for request in requests:
+        loops.setdefault(request.future.get_loop(), []).append(request)
+    events: list[tuple[asyncio.AbstractEventLoop, threading.Event]] = []
+    for loop, mine in loops.items():
+        event = threading.Event()
+
+        def answer(
+            loop: asyncio.AbstractEventLoop = loop,
+            mine: list[Request] = mine,
+            event: threading.Event = event,
+        ) -> None:
+            for request in mine:
+                if not request.future.done():
+                    give(request)
+            _after_turns(loop, event.set)
+
+        # A closed loop has nobody left who waits.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(answer)
+            events.append((loop, event))
+    return events
 
 
 def build(config: Config, renderer: Renderer) -> TorchEngine:
