@@ -31,7 +31,8 @@ from retrain.adapter_settings import (
 )
 from retrain.attention import Attend, one_sequence
 from retrain.config.schema import Config
-from retrain.decoder import Decoder, StockDecoder
+from retrain.decoder import Decoder
+from retrain.decoder import build as build_decoder
 from retrain.errors import ConfigError, ModelError
 from retrain.head import Head, SelectedLogprobs
 from retrain.memory import merged_copies_fit
@@ -64,39 +65,32 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def _resolve_attention(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+def _check_attention(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
+    """PyTorch picks its FlashAttention kernel by itself where device, dtype and mask allow it; ``flash`` refuses a
+    device and a dtype that never do."""
     if kernel == "default":
-        return "sdpa"
-    if kernel == "flash":
-        if device.type != "cuda" or dtype != torch.bfloat16:
-            raise ConfigError(
-                'inference.attention_kernel = "flash" needs a CUDA device and bf16.',
-                fix='use attention_kernel = "default" here.',
-            )
-        from transformers.utils.import_utils import is_flash_attn_2_available
-
-        if not is_flash_attn_2_available():
-            raise ConfigError(
-                'inference.attention_kernel = "flash" needs the package flash-attn, which is not installed.',
-                fix='pip install flash-attn, or use attention_kernel = "default".',
-            )
-        return "flash_attention_2"
-    raise ConfigError(
-        f"inference.attention_kernel = {kernel!r} does not exist in the in-process engine.",
-        fix='use "default" or "flash".',
-    )
+        return
+    if kernel != "flash":
+        raise ConfigError(
+            f"inference.attention_kernel = {kernel!r} does not exist in the in-process engine.",
+            fix='use "default" or "flash".',
+        )
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        raise ConfigError(
+            'inference.attention_kernel = "flash" needs a CUDA device and bf16.',
+            fix='use attention_kernel = "default" here.',
+        )
 
 
 class Policy:
     """A causal language model with one LoRA adapter.
 
-    ``adapter`` maps PEFT's names to the trainable float32 parameters. ``hidden`` runs the backbone in the
+    ``adapter`` maps PEFT's names to the trainable float32 parameters. ``forward`` runs the backbone in the
     current mode; ``selected_logprobs`` scores chosen positions without a full logits tensor.
     """
 
-    def __init__(self, model: Any, lora: Any, seed: int, attention: str) -> None:
+    def __init__(self, model: Any, lora: Any, seed: int) -> None:
         self.model = model
-        self.attention = attention
         embedding: torch.Tensor = model.get_input_embeddings().weight
         self.device: torch.device = embedding.device
         self.dtype: torch.dtype = embedding.dtype
@@ -105,8 +99,7 @@ class Policy:
         self.parameters_total = int(model.num_parameters())
         model.requires_grad_(False)
         self.layers, self.adapter = attach(model, lora, seed, self._mode)
-        self.backbone: Any = getattr(model, model.base_model_prefix)
-        self._decoder: Decoder = StockDecoder(model)
+        self._decoder: Decoder = build_decoder(model, self.layers, self._mode)
         self.head = Head(model.get_output_embeddings())
         self._check_head()
         self._check_untouched()
@@ -140,34 +133,22 @@ class Policy:
                 self._mode.dropout = 0.0
 
     def merge(self) -> bool:
-        """Rebuild the merged sampling copies from the untouched base; False where that is forbidden (bf16) or
-        would not fit the device's memory class."""
-        if self.dtype != torch.float32 or not merged_copies_fit(self.parameters_total, self.device):
+        """Rebuild the merged sampling copies from the untouched base; False where products are not float32 (rounding
+        would eat small updates) or the copies would not fit the device's memory class."""
+        if not self._decoder.mergeable or not merged_copies_fit(self.parameters_total, self.device):
             return False
         with torch.no_grad():
-            for layer in self.layers.values():
-                if layer.merged is None:
-                    layer.merged = torch.empty_like(layer.base.weight)
-                torch.add(layer.base.weight, layer.delta(), out=layer.merged)
+            self._decoder.merge()
         return True
 
     def recompute_activations(self) -> None:
         """Trade time for memory: recompute activations in the backward pass of a training-mode forward."""
-        model = self.model
-        # Renamed within transformers 5; the old name warns.
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
+        self._decoder.recompute_activations()
 
     def forward(self, ids_N: torch.Tensor, positions_N: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Final hidden states (N, H) of N tokens on one flat axis, in the current mode, differentiable; ``positions_N`` are
         their places in their own sequences, and ``attend`` knows which token sees which."""
         return self._decoder(ids_N, positions_N, attend)
-
-    def hidden(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, **kwargs: Any) -> Any:
-        """Backbone output for (B, T) ids; ``last_hidden_state`` is (B, T, H)."""
-        return self.backbone(input_ids=ids_BT, attention_mask=mask_BT, **kwargs)
 
     def selected_logprobs(
         self, hidden_NH: torch.Tensor, targets_N: torch.Tensor, temperature: float, chunk: int
@@ -270,9 +251,8 @@ class Policy:
         ids = torch.arange(1, 5, device=self.device)[None] % int(self.model.config.vocab_size)
         with torch.no_grad(), self.mode("base"):
             theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
-            ours = self.head.logits(
-                self.hidden(ids, torch.ones_like(ids), use_cache=False).last_hidden_state[0]
-            )
+            positions = torch.arange(ids.shape[1], device=self.device)
+            ours = self.head.logits(self.forward(ids[0], positions, one_sequence))
         bound = 1e-3 if self.dtype == torch.float32 else 0.05 * float(theirs.abs().max())
         if float((theirs - ours).abs().max()) > bound:
             raise self._changed_logits()
@@ -350,7 +330,7 @@ def load_policy(config: Config, *, seed: int) -> Policy:
     """Load base model and fresh adapter as the configuration says; ModelError names the model and the fix."""
     device = resolve_device(config.backend.devices)
     dtype = resolve_dtype(config.inference.dtype, device)
-    attention = _resolve_attention(config.inference.attention_kernel, device, dtype)
+    _check_attention(config.inference.attention_kernel, device, dtype)
     if config.inference.kv_cache_dtype == "bf16" and dtype != torch.bfloat16:
         raise ConfigError(
             'inference.kv_cache_dtype = "bf16" with float32 compute would let the sampler differ from the learner.',
@@ -366,7 +346,7 @@ def load_policy(config: Config, *, seed: int) -> Policy:
     placed: dict[str, Any] = (
         {"quantization_config": quantized, "device_map": {"": device}} if quantized else {}
     )
-    model = _load_model(config, dtype=dtype, attn_implementation=attention, **placed)
+    model = _load_model(config, dtype=dtype, **placed)
     if not quantized:
         model.to(device)
     model.eval()
@@ -395,7 +375,7 @@ def load_policy(config: Config, *, seed: int) -> Policy:
         target_modules=targets,
         bias="none",
     )
-    policy = Policy(model, lora, seed, attention)
+    policy = Policy(model, lora, seed)
     if start is not None:
         recorded = str(start.get("base_model_name_or_path") or "")
         if recorded and not _same_model(recorded, name):

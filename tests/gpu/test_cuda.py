@@ -29,11 +29,9 @@ def model(random_model):
 
 
 def scores(backend, rows):
-    ids = torch.tensor(np.array(rows), dtype=torch.long, device=backend.policy.device)
-    with torch.no_grad(), backend.policy.mode("adapter"):
-        hidden = backend.policy.hidden(ids, torch.ones_like(ids), use_cache=False).last_hidden_state[:, :-1]
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return backend.policy.selected_logprobs(flat, ids[:, 1:].reshape(-1), 1.0, 512).double().cpu().numpy()
+    with backend.policy.mode("adapter"):
+        out = [backend.policy.sequence_logprobs(np.asarray(row, np.int32)) for row in rows]
+    return torch.stack(out).double().cpu().numpy()
 
 
 def test_one_update_moves_bf16_logprobs_as_far_as_float32(make_config, model):

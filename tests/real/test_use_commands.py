@@ -318,14 +318,14 @@ def test_a_conversation_remembers_until_reset(
 
 def policy_logits(adapter: Path) -> tuple[np.ndarray[Any, Any], torch.Tensor]:
     """The run's own policy on fixed tokens: (ids, logits)."""
+    from retrain.attention import one_sequence
     from retrain.models import load_policy
 
     policy = load_policy(load(Path("run/config.toml")).config, seed=0)
     policy.load_adapter(adapter)
     ids = np.arange(3, 300, 7, dtype=np.int64) % 384
-    batch = torch.as_tensor(ids)[None]
     with torch.no_grad(), policy.mode("adapter"):
-        hidden = policy.hidden(batch, torch.ones_like(batch), use_cache=False).last_hidden_state[0]
+        hidden = policy.forward(torch.as_tensor(ids), torch.arange(len(ids)), one_sequence)
         return ids, policy.head.logits(hidden)
 
 

@@ -250,7 +250,7 @@ class Inference(Section):
     engine: Name = Field(default="pytorch", description="The sampler: pytorch runs inside the process.")
     url: str = Field(default="", description="Server URL of engines other than pytorch.")
     attention_kernel: Literal["default", "flash", "triton", "tk", "cutlass"] = Field(
-        default="default", description="Attention: default is PyTorch's own, flash needs CUDA."
+        default="default", description="Attention: PyTorch picks the kernel; flash refuses to run where it cannot be FlashAttention."
     )
     dtype: Literal["auto", "bf16", "fp32", "fp8", "fp4"] = Field(
         default="auto", description="Number format of the model; auto: bf16 on CUDA, fp32 on the CPU."
