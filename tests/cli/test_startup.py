@@ -20,6 +20,7 @@ LIGHT = {
     "command help": ["-c", MAIN, "init", "--help"],
     "eval help": ["-c", MAIN, "eval", "--help"],
     "sample help": ["-c", MAIN, "sample", "--help"],
+    "bench help": ["-c", MAIN, "bench", "--help"],
     "export help": ["-c", MAIN, "export", "--help"],
     "man": ["-c", MAIN, "man"],
     "topic": ["-c", MAIN, "man", "--topic", "options"],

@@ -7,6 +7,7 @@ COMMANDS = {
     "eval": ("retrain.cli.use:evaluate", "accuracy of a run, an adapter or a model on held-out tasks"),
     "sample": ("retrain.cli.use:sample", "talk to a run's checkpoint, an adapter or a model"),
     "export": ("retrain.cli.use:export", "write a run's adapter, or the whole model, for other programs"),
+    "bench": ("retrain.cli.bench:bench", "time a configuration's training step against what the device allows"),
     "init": ("retrain.cli.create:init", "write a configuration from a template"),
     "man": ("retrain.cli.manual:man", "show the manual, or one topic of it"),
 }
@@ -28,6 +29,5 @@ LATER = (
     "backends",
     "plugins",
     "schema",
-    "bench",
 )
 """Known commands that this version does not build."""

@@ -32,6 +32,10 @@ def print_help(command: str = "") -> int:
         from retrain.cli import use
 
         print(use.USAGE[command], end="")
+    elif command == "bench":
+        from retrain.cli import bench
+
+        print(bench.USAGE, end="")
     else:
         print(_read(HELP), end="")
     return 0

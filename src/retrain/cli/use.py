@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrain.cli import streams
+from retrain.cli.verb import at_once_on_interrupt, own_flags, quiet_loading, whole_number
 from retrain.errors import UsageError
 
 if TYPE_CHECKING:
@@ -76,8 +75,8 @@ _SAMPLE_ALIASES = {"--split": "--data.split"}
 
 def evaluate(arguments: Sequence[str]) -> int:
     """The command ``eval``."""
-    own, rest = _own("eval", arguments, values=("--checkpoint",), switches=("--json",))
-    with streams.results(alone="--json" in own) as out, _quiet_loading():
+    own, rest = own_flags("eval", arguments, values=("--checkpoint",), switches=("--json",))
+    with streams.results(alone="--json" in own) as out, quiet_loading():
         from retrain import opened
         from retrain.tracking.run_log import to_json
 
@@ -90,7 +89,7 @@ def evaluate(arguments: Sequence[str]) -> int:
                 _say(f"{_CLEAR}Evaluating {target.title} on {total} tasks ...")
 
         _show("loading ...")
-        with _at_once_on_interrupt(), _line_cleared():
+        with at_once_on_interrupt(), _line_cleared():
             record = opened.evaluate(target, loaded.config, search_paths=loaded.search_paths, progress=show)
         if "--json" in own:
             out.record(to_json(record))
@@ -132,7 +131,7 @@ def _rows(m: Mapping[str, Any], reward: str) -> Generator[tuple[str, str]]:
 
 def sample(arguments: Sequence[str]) -> int:
     """The command ``sample``."""
-    own, rest = _own(
+    own, rest = own_flags(
         "sample",
         arguments,
         values=("--checkpoint", "--prompt", "--task", "--index", "--n"),
@@ -143,9 +142,9 @@ def sample(arguments: Sequence[str]) -> int:
         raise UsageError(f"{chosen[0]} and {chosen[1]} exclude each other.", fix="give one of them.")
     if "--raw" in own and chosen[:1] in (["--task"], ["--index"]):
         raise UsageError(f"--raw samples a text, and {chosen[0]} a task.", fix="leave --raw out.")
-    n = _number(own.get("--n", "1"), "--n", least=1)
-    index = _number(own["--index"], "--index", least=0) if "--index" in own else None
-    with streams.results(alone="--json" in own) as out, _quiet_loading():
+    n = whole_number(own.get("--n", "1"), "--n", least=1)
+    index = whole_number(own["--index"], "--index", least=0) if "--index" in own else None
+    with streams.results(alone="--json" in own) as out, quiet_loading():
         import secrets
 
         from retrain import opened
@@ -164,7 +163,7 @@ def sample(arguments: Sequence[str]) -> int:
         typed = not chosen and streams.is_terminal()
         failed = False
         with (
-            _at_once_on_interrupt(),
+            at_once_on_interrupt(),
             opened.talker(target, loaded.config, search_paths=loaded.search_paths) as talker,
         ):
             if task is not None:
@@ -268,7 +267,7 @@ def _converse(out: Results, talker: Talker, n: int, own: Mapping[str, str]) -> N
 
 def export(arguments: Sequence[str]) -> int:
     """The command ``export``."""
-    own, rest = _own(
+    own, rest = own_flags(
         "export",
         arguments,
         values=("--checkpoint", "--output", "--dtype"),
@@ -281,14 +280,14 @@ def export(arguments: Sequence[str]) -> int:
         raise UsageError("--dtype is that of a merged model.", fix="add --merged, or leave it out.")
     if dtype not in _DTYPES:
         raise UsageError(f"--dtype {dtype} is unknown.", fix="use auto, float32, bf16 or float16.")
-    with streams.results(alone="--json" in own) as out, _quiet_loading():
+    with streams.results(alone="--json" in own) as out, quiet_loading():
         from retrain import opened
         from retrain.tracking.run_log import to_json
 
         target, loaded = _target(
             "export", rest, own, {}, ("model.model", "model.revision", "backend.devices")
         )
-        with _at_once_on_interrupt():
+        with at_once_on_interrupt():
             record = opened.export(
                 target,
                 loaded.config,
@@ -302,47 +301,6 @@ def export(arguments: Sequence[str]) -> int:
         else:
             out.line(f"Wrote {record['output']} ({record['subject']}).\n{record['use']}")
     return 0
-
-
-def _own(
-    command: str, arguments: Sequence[str], *, values: Sequence[str], switches: Sequence[str]
-) -> tuple[dict[str, str], list[str]]:
-    """The command's own flags with their values ("" for a switch), and the rest of the line."""
-    own: dict[str, str] = {}
-    rest: list[str] = []
-    words = list(arguments)
-    while words:
-        word = words.pop(0)
-        flag, equals, text = word.partition("=")
-        if flag in ("--overwrite", "--fork", "--plain") and flag not in switches:
-            raise UsageError(
-                f"{flag} is not an option of {command}.", fix=f"leave it out; retrain {command} --help."
-            )
-        if flag not in (*values, *switches):
-            rest.append(word)
-            # The next word may be its value, which must not be read as a flag of ours.
-            continue
-        if flag in own:
-            raise UsageError(f"{flag} is given twice.", fix="give it once.")
-        if flag in switches:
-            if equals:
-                raise UsageError(f"{flag} takes no value.", fix=f"write {flag} alone.")
-            text = ""
-        elif not equals:
-            if not words or (words[0].startswith("--") and flag != "--prompt"):
-                raise UsageError(f"{flag} needs a value.", fix=f"{flag} VALUE, or retrain {command} --help.")
-            text = words.pop(0)
-        own[flag] = text
-    return own, rest
-
-
-def _number(text: str, flag: str, *, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise UsageError(
-            f"{flag} {text} is not a whole number of at least {least}.",
-            fix=f"for example {flag} {least + 3}.",
-        )
-    return int(text)
 
 
 def _target(
@@ -374,33 +332,6 @@ def _target(
         dotenv.load()
     target = find(line.config, own.get("--checkpoint", ""))
     return target, configure(target, [*line.overrides, *more], acting, command)
-
-
-@contextmanager
-def _quiet_loading() -> Generator[None]:
-    """Warnings of the package go to stderr, so that stdout holds the result alone."""
-    log, handler = logging.getLogger("retrain"), logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.WARNING)
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
-    before, log.propagate = log.propagate, False
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.propagate = before
-        log.removeHandler(handler)
-
-
-@contextmanager
-def _at_once_on_interrupt() -> Generator[None]:
-    """Ctrl-C ends the process at once: nothing is half written, and a running kernel would keep exit handlers waiting."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            os.write(2, b"\nInterrupted.\n")
-        os._exit(130)
 
 
 def _say(text: str) -> None:

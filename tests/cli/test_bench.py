@@ -1,0 +1,213 @@
+"""``retrain bench`` on the embedded model: what it reports, that it leaves nothing behind, and its errors."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers.utils.logging
+
+from retrain.bench import slowest
+from retrain.cli.bench import report
+from retrain.cli.main import main
+from retrain.roofline import Shape
+
+torch.set_num_threads(1)
+# Its handler keeps the stderr that it finds, which must not be one test's.
+transformers.utils.logging.get_logger()
+
+SMALL = ["--batch-size", "2", "--group-size", "3", "--devices", "cpu", "--lora-rank", "4"]
+LINE = ["bench", *SMALL, "--steps", "2", "--trace", "flat:6", "--prompt-tokens", "10", "--json"]
+SECONDS = {
+    "step", "sync", "sample", "prefill", "decode", "draw", "score", "credit_and_pack", "learn", "forward", "head",
+    "backward", "optimizer", "log", "other",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, and a folder of temporary files beside it."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return tmp_path
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def run(*words: str) -> str:
+        code = main(list(words))
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return out
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def run(*words: str) -> str:
+        assert main(list(words)) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err.rstrip("\n")
+
+    return run
+
+
+@pytest.fixture
+def record(said: Callable[..., str]) -> dict[str, Any]:
+    (line,) = said(*LINE).splitlines()
+    return json.loads(line)
+
+
+def test_the_record_of_a_real_step(record: dict[str, Any], place: Path) -> None:
+    assert set(record) == {
+        "model", "weights", "settings", "work", "seconds", "seconds_each", "tokens_per_second", "non_model_share", "peaks",
+        "roofline", "memory", "versions", "slowest",
+    }  # fmt: skip
+    # 2 groups of 3 with 10 tokens of prompt and 6 sampled; draw 0 of each pair of draws trains, draw 1 does not.
+    assert record["work"] == {
+        "groups": 2, "groups_trained": 1, "rollouts": 6, "prompt_tokens": 20, "sampled_tokens": 36,
+        "trained_tokens": 48, "trained_sampled_tokens": 18,
+    }  # fmt: skip
+    assert record["settings"]["steps"] == 2 == len(record["seconds_each"])
+    assert record["settings"]["lora_rank"] == 4
+    assert not list((place / "work").iterdir())
+    # Torch may make a folder of its own there.
+    assert not [p for p in (place / "tmp").iterdir() if p.name.startswith("retrain")]
+
+
+def test_the_seconds_add_up_to_the_step(record: dict[str, Any]) -> None:
+    seconds = record["seconds"]
+    assert set(seconds) == SECONDS
+    top = ("sync", "sample", "score", "credit_and_pack", "learn", "log", "other")
+    assert all(seconds[name] >= 0 for name in top)
+    assert sum(seconds[name] for name in top) == pytest.approx(seconds["step"], rel=1e-6)
+    for whole, parts in (
+        ("sample", ("prefill", "decode", "draw")),
+        ("learn", ("forward", "head", "backward", "optimizer")),
+    ):
+        told = [seconds[name] for name in parts if seconds[name] is not None]
+        assert sum(told) <= seconds[whole]
+    assert 0 < record["non_model_share"] < 1
+    assert record["tokens_per_second"]["step"] == pytest.approx(36 / seconds["step"])
+
+
+def test_shares_of_the_roof_are_those_of_the_counted_work(record: dict[str, Any]) -> None:
+    shape = Shape(
+        hidden=96, layers=3, heads=3, kv_heads=1, head_dim=32, intermediate=256, vocab=384, tied=True
+    )
+    rows = record["roofline"]
+    assert set(rows) == {"prefill", "decode", "sample", "learn", "learn_whole_rows"}
+    for name, row in rows.items():
+        if row["share"] is None:
+            assert name in ("prefill", "decode")
+            continue
+        # A cache or a busy machine can move a peak, never by this much.
+        assert 0 < row["share"] < 1.5, name
+        assert row["share"] == pytest.approx(row["floor_s"] / row["seconds"])
+        assert row["bound"] in ("compute", "memory")
+    pairs = 2 * 10 * 11 // 2
+    assert (
+        rows["prefill"]["flops"]
+        == 2 * shape.block_weights * 20 + 2 * shape.head_weights * 2 + shape.pair_flops * pairs
+    )
+    # One group trains: its prompt once and three completions; or three whole rows.
+    adapter = shape.adapter_weights(4)
+    once = rows["learn"]["flops"]
+    assert rows["learn_whole_rows"]["flops"] - once == 2 * (
+        10 * (4 * shape.block_weights + 6 * adapter) + 3 * shape.pair_flops * pairs // 2
+    )
+    assert record["peaks"]["matmul_fp32"] > 1e8
+    assert record["peaks"]["bandwidth"] > 1e8
+    assert record["memory"]["resident_peak"] > 5e7
+
+
+def test_the_text_shows_the_split_and_says_what_is_slowest(
+    record: dict[str, Any], said: Callable[..., str]
+) -> None:
+    text = report(record)
+    for name in ("weights over", "sample", "score", "credit, pack", "learn", "log", "memory", "non-model"):
+        assert name in text
+    assert text.splitlines()[-1] == record["slowest"] == slowest(record)
+    assert "of the step" in record["slowest"]
+    without = [word for word in LINE if word != "--json"]
+    assert said(*without).splitlines()[-1].startswith("Slowest: ")
+
+
+def test_the_slowest_part_is_named_with_what_bounds_it() -> None:
+    seconds: dict[str, Any] = dict.fromkeys(SECONDS, 0.1)
+    made: dict[str, Any] = {
+        "seconds": {**seconds, "step": 4.0, "sample": 2.5, "prefill": None, "decode": None, "draw": None},
+        "roofline": {"sample": {"share": 0.25, "bound": "memory"}},
+    }
+    assert (
+        slowest(made)
+        == "Slowest: sampling, 62% of the step, at 25% of what this device allows by its memory bandwidth."
+    )
+    made["seconds"] |= {"prefill": 0.3, "decode": 1.5, "draw": 0.5}
+    made["roofline"] = None
+    assert slowest(made) == "Slowest: decoding, 50% of the step."
+    made["seconds"]["log"] = 2.2
+    assert slowest(made) == "Slowest: the records, 55% of the step."
+
+
+def test_without_a_trace_lengths_follow_max_tokens(said: Callable[..., str]) -> None:
+    made = json.loads(said("bench", *SMALL, "--steps", "1", "--max-tokens", "16", "--json"))
+    assert made["settings"]["trace"].startswith("lognormal:median=700,p95=2048,cap=2048,scale=0.0078125")
+    assert made["settings"]["max_tokens"] == 16
+    assert made["settings"]["prompt_tokens"] == 128
+
+
+def test_a_configuration_is_read_and_its_run_is_left_alone(said: Callable[..., str], place: Path) -> None:
+    logs = place / "work" / "logs"
+    (logs / "demo").mkdir(parents=True)
+    (logs / "demo" / "metrics.jsonl").write_text("mine\n")
+    (place / "work" / "retrain.toml").write_text(
+        '[model]\nmodel = "retrain/tiny"\nlora_rank = 2\n[backend]\ndevices = "cpu"\n[training]\nbatch_size = 2\n'
+        'group_size = 2\ntruncated = "mask"\nmin_signal = 1.0\nseed = -1\n[data]\nsource = "jsonl"\npath = "no such file"\n'
+        '[reward]\ntype = "match"\n[logging]\nlog_dir = "logs/demo"\n'
+    )
+    made = json.loads(said("bench", "--steps", "1", "--trace", "flat:3", "--json"))
+    assert made["settings"]["lora_rank"] == 2
+    assert made["work"]["groups_trained"] == 1
+    assert sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_file()) == [
+        "work/logs/demo/metrics.jsonl", "work/retrain.toml",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--steps", "0"], "--steps 0 is not a whole number of at least 1"),
+        (["--steps", "two"], "--steps two is not"),
+        (["--prompt-tokens", "0"], "--prompt-tokens 0"),
+        (["--trace", "normal"], "trace 'normal' is unknown"),
+        (["--trace", "flat:0"], "at least 1 token"),
+        (["--trace", "nowhere:lengths"], "needs the module 'nowhere'"),
+        (["--trace", "flat:500", "--prompt-tokens", "30"], "exceed the model's context of 512"),
+        (["--overwrite"], "--overwrite is not an option of bench"),
+        (["--plain"], "--plain is not an option of bench"),
+        (["--no-such-flag", "1"], "--no-such-flag is not a flag"),
+        (["--json=yes"], "--json takes no value"),
+        (["missing"], "there is no file 'missing'"),
+        (["missing.toml"], "there is no such file"),
+        (["--model", "nobody/nothing"], "nobody/nothing"),
+    ],
+)
+def test_an_error_is_one_line_with_a_fix(refused: Callable[..., str], words: list[str], part: str) -> None:
+    said = refused("bench", *words)
+    assert part in said
+    assert "\n" not in said
+    assert "Fix: " in said
+
+
+def test_the_help_is_its_own(said: Callable[..., str]) -> None:
+    assert said("bench", "--help").startswith("Usage: retrain bench [CONFIG]")
