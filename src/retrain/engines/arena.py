@@ -238,7 +238,7 @@ class Prefill:
         asked = [
             (end - 1, j.number) for end, j in zip(self._starts[1:], self._jobs, strict=True) if j.number >= 0
         ]
-        return torch.as_tensor([int(a) for a, _ in asked], device=self._device), [n for _, n in asked]
+        return self._tensor(np.array([a for a, _ in asked], dtype=np.int64)), [n for _, n in asked]
 
     def __call__(
         self,

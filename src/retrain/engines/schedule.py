@@ -237,6 +237,13 @@ class Batch:
                 finished.append(self._open.pop(id(request)))
         self.ended += len(leaving)
         self._leave(leaving)
+        live = len(self._rows)
+        if (
+            self._arena.rows * self._arena.capacity + self._parked.tokens > self._limits.kv_tokens
+            and self._parked.tokens
+        ):
+            # What was parked lives where rows have left.
+            self._resize(live, int(self._positions[:live].max(initial=0)) + 1, live)
         return finished
 
     def _leave(self, leaving: Sequence[int]) -> None:
