@@ -1,0 +1,145 @@
+"""docs/speed.md from the stored comparisons: numbers come from the JSON, never from here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cases import CASES
+
+HEAD = """# A whole training step beside TRL's
+
+<!-- written by benches/against_trl.py --page -->
+
+Both sides take the same steps: the same weights, prompts (as token ids), forced completion lengths (end tokens
+ignored), rewards (fair coins, so that exactly half of the groups carry a signal), LoRA on all linear layers, AdamW,
+temperature 1, no KL term, mean over tokens, gradient clipped at 1. Two processes, each in its own environment, take
+turns step by step, so that only one computes at a time and both see the same state of the machine; who begins
+alternates. A ratio is TRL's median over ours, above 1 where ours is faster; the interval (95 %) is a bootstrap over
+the pairs of steps. A step is everything from the sampler to the updated weights with each side's own metrics and log;
+checkpoints and evaluation are off.
+
+How TRL is given its best: `generate` with a cache for the whole batch at once, no gradient checkpointing, no
+tokenising, no `min_new_tokens` (it would mask logits at every token; end tokens are switched off instead), and the
+fastest of the settings below on the same kind of model. Where lengths differ, its completions are cut after
+generation: `generate` computes finished rows until the longest ends, so nothing is added to its work. vLLM, which TRL
+can also sample with, does not run on these machines: nothing is said here about TRL with vLLM.
+
+What differs by design, and makes part of the ratio: TRL trains the groups whose rewards are all equal, which have no
+gradient, computes the prompt once for every member, and scores the prompt's positions in the head.
+"""
+
+
+def gib(count: float) -> str:
+    """Bytes in GiB."""
+    return f"{count / 2**30:.2f}"
+
+
+def page(stored: dict[str, Any]) -> str:
+    """The whole page."""
+    runs = sorted(
+        stored["runs"].values(), key=lambda r: (list(CASES).index(r["case"]), r["dtype"], r["threads"])
+    )
+    lines = [HEAD]
+    lines += ["## Steps", ""]
+    lines += [
+        "| workload | dtype | threads | TRL s | ours s | ratio | interval | CPU ratio | interval | TRL GiB "
+        "| ours GiB | share |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for run in runs:
+        theirs, ours, ratio = run["sides"]["TRL"], run["sides"]["retrain"], run["ratios"]
+        wall, cpu = ratio["wall_interval"], ratio["cpu_interval"]
+        lines.append(
+            f"| {run['case']} | {run['dtype']} | {run['threads']} | {theirs['wall_s']:.2f} | {ours['wall_s']:.2f} "
+            f"| **{ratio['wall']:.2f}** | {wall[0]:.2f} to {wall[1]:.2f} "
+            f"| **{ratio['cpu']:.2f}** | {cpu[0]:.2f} to {cpu[1]:.2f} "
+            f"| {gib(theirs['peak_bytes'])} | {gib(ours['peak_bytes'])} | {ratio['peak']:.0%} |"
+        )
+    lines += [
+        "",
+        "GiB: largest resident size of the whole process over the measured steps, libraries and weights included.",
+        "",
+        "| workload | dtype | threads | steps | completion tokens | TRL: sample / forward | ours: sample / train "
+        "| cores used by others | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for run in runs:
+        theirs, ours = run["sides"]["TRL"]["parts_s"], run["sides"]["retrain"]["parts_s"]
+        lines.append(
+            f"| {run['case']} | {run['dtype']} | {run['threads']} | {run['pairs']} | {run['completion_tokens']:,} "
+            f"| {theirs.get('sample', 0):.2f} / {theirs.get('forward', 0):.2f} s "
+            f"| {ours.get('sample', 0):.2f} / {ours.get('train', 0):.2f} s "
+            f"| {run['cores_used_by_others']:.2f} | {run['commit']} |"
+        )
+    lines += [
+        "",
+        "Seconds of a part are wall clock and medians; the rest of TRL's step is its backward pass and update. Where other",
+        "programs used cores meanwhile, seconds are too large on both sides, and the ratio of CPU times is the safer one.",
+        "",
+        "## Workloads",
+        "",
+        "| name | model | prompts x members | prompt tokens | completion tokens |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(run["case"] for run in runs):
+        case = CASES[name]
+        drawn = (
+            f"log-normal, median {case.length}, p95 {case.spread}, at most {case.cap}"
+            if case.spread
+            else str(case.length)
+        )
+        lines.append(
+            f"| {name} | {case.model} | {case.groups} x {case.members} | {case.prompt[0]} to {case.prompt[1]} | {drawn} |"
+        )
+    lines += [
+        "",
+        "tiny is the embedded model (hidden 96, 3 layers, vocabulary 384); medium is a Qwen3 layout with random weights:",
+        "hidden 512, 8 layers, 8 heads, 4 key/value heads of 64, intermediate 1,536, vocabulary 151,936, tied. LoRA rank 16,",
+        "alpha 32. The log-normal has the shape of a reasoning model's lengths (median 700, p95 2,048), scaled down.",
+    ]
+    for search in sorted(stored["searches"].values(), key=lambda s: (s["case"], s["dtype"], s["threads"])):
+        lines += [
+            "",
+            f"## TRL's settings on {search['case']}, {search['dtype']}, {search['threads']} thread(s)",
+            "",
+            "| setting | s | CPU s | sampling s | GiB |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for name, tried in sorted(search["tried"].items(), key=lambda item: item[1].get("cpu_s", 1e9)):
+            if "failed" in tried:
+                lines.append(f"| {name} | did not run | | | |")
+            else:
+                lines.append(
+                    f"| {name} | {tried['wall_s']:.2f} | {tried['cpu_s']:.2f} | {tried['sample_s']:.2f} "
+                    f"| {gib(tried['peak_bytes'])} |"
+                )
+    machines = {
+        f"{m['processor']} ({m['cores']} cores, {', '.join(m['features'])}, {m['memory_gib']:.0f} GiB)"
+        for m in (run["machine"] for run in runs)
+    }
+    packages = {
+        f"{side}: " + ", ".join(f"{k} {v}" for k, v in of.items())
+        for run in runs
+        for side, of in run["versions"].items()
+    }
+    lines += [
+        "",
+        "## Machine and versions",
+        "",
+        *(f"- {m}" for m in sorted(machines)),
+        *(f"- {p}" for p in sorted(packages)),
+    ]
+    lines += [
+        "",
+        "## Again",
+        "",
+        "```bash",
+        "benches/make_peer_env.sh /path/of/env",
+        "PEER=/path/of/env/bin/python",
+        "python benches/against_trl.py --peer-python $PEER --workload medium --dtype fp32 --threads 2 --pairs 5",
+        "python benches/against_trl.py --page",
+        "```",
+        "",
+        "Everything above is in `benches/results/against_trl.json`, each step's time included.",
+    ]
+    return "\n".join(lines) + "\n"
