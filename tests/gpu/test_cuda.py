@@ -31,7 +31,7 @@ def model(random_model):
 def scores(backend, rows):
     with backend.policy.mode("adapter"):
         out = [backend.policy.sequence_logprobs(np.asarray(row, np.int32)) for row in rows]
-    return torch.stack(out).double().cpu().numpy()
+    return torch.cat(out).double().cpu().numpy()
 
 
 def test_one_update_moves_bf16_logprobs_as_far_as_float32(make_config, model):
