@@ -261,7 +261,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axis.legend(fontsize=7)
     if record["memory"]:
         axes[3].plot(np.array(record["memory"]["resident_bytes"]) / 1e6, linewidth=1)
-        axes[3].set(xlabel="step", ylabel="resident MB", ylim=(0, None))
+        axes[3].set(
+            xlabel="step",
+            ylabel="resident MB",
+            ylim=(0, 1.15 * max(record["memory"]["resident_bytes"]) / 1e6),
+        )
         axes[3].grid(alpha=0.3)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

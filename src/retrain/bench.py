@@ -54,9 +54,10 @@ class Settings:
 
 @dataclass(slots=True)
 class _Step:
-    """One step as the loop reported it: seconds of its wall clock and of its record, and its work."""
+    """One step as the loop reported it: seconds of its wall clock, of processors and of its record, and its work."""
 
     wall: float
+    cpu: float
     log: float
     metrics: Mapping[str, Any]
     engine: Mapping[str, float]
@@ -79,6 +80,7 @@ class _Log:
     keep_silent: bool
     steps: list[_Step] = field(default_factory=list[_Step])
     _ended: float = field(default_factory=time.perf_counter)
+    _cpu: float = field(default_factory=time.process_time)
     _seen: tuple[dict[str, float], dict[str, float]] = field(default_factory=lambda: ({}, {}))
 
     def step(self, step: int, metrics: Mapping[str, Any], groups_P: Sequence[CreditedGroup]) -> None:
@@ -91,12 +93,15 @@ class _Log:
             {k: v - before.get(k, 0.0) for k, v in now.items()}
             for now, before in zip(seen, self._seen, strict=True)
         )
-        made = _Step(ended - self._ended, ended - began, dict(metrics), engine, learner, [], [], [], 0)
+        cpu = time.process_time()
+        made = _Step(
+            ended - self._ended, cpu - self._cpu, ended - began, dict(metrics), engine, learner, [], [], [], 0
+        )
         for group in groups_P:
             self._add(made, group)
         self.steps.append(made)
         self.progress(len(self.steps), self.total)
-        self._seen, self._ended = seen, time.perf_counter()
+        self._seen, self._ended, self._cpu = seen, time.perf_counter(), time.process_time()
 
     def _add(self, made: _Step, group: CreditedGroup) -> None:
         trains = self.keep_silent or not group.skipped
@@ -345,6 +350,7 @@ def _times(steps: Sequence[_Step]) -> dict[str, Any]:
     return {
         "seconds": mean,
         "seconds_each": each,
+        "cpu_seconds": sum(s.cpu for s in steps) / len(steps),
         "tokens_per_second": {name: _rate(n, _sum(mean, of)) for name, (n, of) in tokens.items()},
         "non_model_share": max(0.0, step - model) / step,
     }

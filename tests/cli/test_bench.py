@@ -69,8 +69,8 @@ def record(said: Callable[..., str]) -> dict[str, Any]:
 
 def test_the_record_of_a_real_step(record: dict[str, Any], place: Path) -> None:
     assert set(record) == {
-        "model", "weights", "settings", "work", "seconds", "seconds_each", "tokens_per_second", "non_model_share", "peaks",
-        "roofline", "memory", "versions", "slowest",
+        "model", "weights", "settings", "work", "seconds", "seconds_each", "cpu_seconds", "tokens_per_second",
+        "non_model_share", "peaks", "roofline", "memory", "versions", "slowest",
     }  # fmt: skip
     # 2 groups of 3 with 10 tokens of prompt and 6 sampled; draw 0 of each pair of draws trains, draw 1 does not.
     assert record["work"] == {
@@ -97,6 +97,7 @@ def test_the_seconds_add_up_to_the_step(record: dict[str, Any]) -> None:
         told = [seconds[name] for name in parts if seconds[name] is not None]
         assert sum(told) <= seconds[whole]
     assert 0 < record["non_model_share"] < 1
+    assert 0 < record["cpu_seconds"] < 64 * seconds["step"]
     assert record["tokens_per_second"]["step"] == pytest.approx(36 / seconds["step"])
 
 
@@ -138,6 +139,8 @@ def test_the_text_shows_the_split_and_says_what_is_slowest(
         assert name in text
     assert text.splitlines()[-1] == record["slowest"] == slowest(record)
     assert "of the step" in record["slowest"]
+    assert ("others use" in text) == (record["cpu_seconds"] < 0.9 * record["seconds"]["step"])
+    assert "this process had 50% of one" in report({**record, "cpu_seconds": record["seconds"]["step"] / 2})
     without = [word for word in LINE if word != "--json"]
     assert said(*without).splitlines()[-1].startswith("Slowest: ")
 

@@ -134,4 +134,9 @@ def report(record: Mapping[str, Any]) -> str:
         + ", ".join(f"{name.replace('_', ' ')} {value / 1e9:.2f} GB" for name, value in held.items())
     )
     lines.append(f"non-model  {record['non_model_share']:.1%} of the step is neither sampling nor learning")
+    had = record["cpu_seconds"] / seconds["step"]
+    if weights.get("device") == "cpu" and had < 0.9:
+        lines.append(
+            f"note       others use the processors: this process had {had:.0%} of one, and its shares are low by that"
+        )
     return "\n".join(line.rstrip() for line in [*lines, record["slowest"]])
