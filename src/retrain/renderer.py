@@ -7,15 +7,18 @@ for a tokenizer; no torch is used.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from retrain.config.names import TINY_MODEL
 from retrain.errors import ConfigError, ModelError
@@ -30,6 +33,11 @@ _RESERVED_TEMPLATE_ARGS = (
     "tokenize",
 )
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+_MOST_IDS = 2**21
+"""No vocabulary is larger: an id from here on is one that no tokenizer has, not a reason for a longer table."""
+
+Indices: TypeAlias = npt.NDArray[np.int64]
 
 
 def model_path(name: str) -> str:
@@ -54,7 +62,7 @@ def _byte_alphabet() -> dict[str, int]:
 _ALPHABET = _byte_alphabet()
 
 
-def _decode_bytes(data: bytes) -> tuple[str, np.ndarray[Any, np.dtype[np.int64]]]:
+def _decode_bytes(data: bytes) -> tuple[str, Indices]:
     """Text of UTF-8 bytes (U+FFFD per invalid stretch) and the character index of every byte."""
     codes = np.frombuffer(data, dtype=np.uint8)
     index = np.zeros(len(data), dtype=np.int64)
@@ -76,6 +84,56 @@ def _decode_bytes(data: bytes) -> tuple[str, np.ndarray[Any, np.dtype[np.int64]]
             count += 1
         at = end + bad
     return "".join(pieces), index
+
+
+def _passed(at: Indices, n: int) -> Indices:
+    """For each of ``n`` places in order: how many of ``at`` are not after it."""
+    return np.cumsum(np.bincount(at, minlength=n + 1)[:n])
+
+
+class _Pieces:
+    """The bytes of token ids, looked up for many at once: each id is asked for once and kept in flat tables.
+
+    Tables are indexed by id + 1; entry 0 stands for every id that no tokenizer can have, which is empty.
+    """
+
+    def __init__(self, piece: Callable[[int], bytes]) -> None:
+        self._piece = piece
+        self._filling = threading.Lock()
+        self._lengths: Indices = np.zeros(1, dtype=np.int64)
+        self._starts: Indices = np.zeros(1, dtype=np.int64)
+        self._bytes = np.zeros(0, dtype=np.uint8)
+
+    def joined(self, token_ids: IntArray) -> tuple[bytes, Indices]:
+        """All ids' bytes, one after the other, and how many bytes each has (T,)."""
+        at_T = np.asarray(token_ids, dtype=np.int64) + 1
+        if at_T.min(initial=0) < 0 or at_T.max(initial=0) > _MOST_IDS:
+            at_T = np.where((at_T > 0) & (at_T <= _MOST_IDS), at_T, 0)
+        # Lengths are read before what they point into, and written after it: a thread that reads while another
+        # one fills sees a whole entry or none.
+        lengths = self._lengths
+        if at_T.max(initial=0) >= len(lengths) or lengths[at_T].min(initial=0) < 0:
+            self._fill(at_T)
+            lengths = self._lengths
+        lengths_T = lengths[at_T]
+        before_T = np.cumsum(lengths_T) - lengths_T
+        picked = np.repeat(self._starts.take(at_T) - before_T, lengths_T)
+        picked += np.arange(len(picked))
+        return self._bytes.take(picked).tobytes(), lengths_T
+
+    def _fill(self, at_T: Indices) -> None:
+        with self._filling:
+            more = int(at_T.max()) + 1 - len(self._lengths)
+            if more > 0:
+                self._starts = np.concatenate([self._starts, np.zeros(more, dtype=np.int64)])
+                self._lengths = np.concatenate([self._lengths, np.full(more, -1, dtype=np.int64)])
+            new = np.unique(at_T[self._lengths[at_T] < 0])
+            pieces = [self._piece(i - 1) for i in new.tolist()]
+            lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+            starts = len(self._bytes) + np.cumsum(lengths) - lengths
+            self._bytes = np.concatenate([self._bytes, np.frombuffer(b"".join(pieces), dtype=np.uint8)])
+            self._starts[new] = starts
+            self._lengths[new] = lengths
 
 
 class ChatRenderer:
@@ -102,7 +160,7 @@ class ChatRenderer:
         self._template_args = dict(template_args)
         self._generation_config = generation_config
         self._context_length = context_length
-        self._pieces: dict[int, bytes] = {}
+        self._pieces = _Pieces(self._bytes)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         serialised = tokenizer_json or (backend.to_str().encode() if backend is not None else b"")
         self._byte_level = backend is not None and _is_byte_level(backend)
@@ -191,9 +249,9 @@ class ChatRenderer:
 
     def decode(self, token_ids: IntArray) -> str:
         """Text of the ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
-        ids = [int(i) for i in token_ids]
         if self._byte_level:
-            return b"".join(map(self._bytes, ids)).decode(errors="replace")
+            return self._pieces.joined(token_ids)[0].decode(errors="replace")
+        ids = [int(i) for i in token_ids]
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def offsets(self, token_ids: IntArray) -> tuple[str, list[tuple[int, int]]]:
@@ -202,38 +260,70 @@ class ChatRenderer:
         A character that is split over tokens belongs to each of them. Special tokens, and ids beyond the
         vocabulary, cover an empty range at their place.
         """
-        ids = [int(i) for i in token_ids]
-        return self._byte_offsets(ids) if self._byte_level else self._incremental_offsets(ids)
+        if not self._byte_level:
+            return self._incremental_offsets(cast("Any", token_ids))
+        text, spans = self.lines(token_ids, [len(token_ids)])
+        return text, list(zip(spans[:, 0].tolist(), spans[:, 1].tolist(), strict=True))
 
-    def _byte_offsets(self, ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
-        pieces = [self._bytes(i) for i in ids]
-        text, index = _decode_bytes(b"".join(pieces))
-        spans: list[tuple[int, int]] = []
-        at = end = 0
-        for piece in pieces:
-            if piece:
-                end = int(index[at + len(piece) - 1]) + 1
-                spans.append((int(index[at]), end))
-                at += len(piece)
-            else:
-                spans.append((end, end))
-        return text, spans
+    def lines(self, token_ids: IntArray, counts: Sequence[int]) -> tuple[str, Indices]:
+        """``offsets`` of several sequences at once: their texts with a line feed between each two, and the range
+        of every token in that (N, 2), which never decreases.
+
+        ``token_ids`` (N,) holds the sequences one after the other, ``counts[i]`` tokens of the i-th.
+        """
+        if not self._byte_level:
+            return self._apart(token_ids, counts, self._incremental_offsets)
+        data, lengths_N = self._pieces.joined(token_ids)
+        ends_N = np.cumsum(lengths_N)
+        edges = np.concatenate([[0], ends_N])[np.cumsum([0, *counts])].tolist()
+        joined = b"\n".join([data[a:b] for a, b in itertools.pairwise(edges)])
+        if len(counts) > 1:
+            ends_N += np.repeat(np.arange(len(counts)), counts)
+        starts_N = ends_N - lengths_N
+        try:
+            text = joined.decode()
+        except UnicodeDecodeError:
+            if len(counts) > 1:
+                # Each by itself: the time that repairs take grows with the square of a text's length.
+                return self._apart(token_ids, counts, self.offsets)
+            text, index = _decode_bytes(joined)
+            reached = np.concatenate([[0], index + 1])[ends_N]
+            starts = np.append(index, 0)[starts_N]
+        else:
+            # A character's number is its byte's less the continuation bytes up to it, of which there are few.
+            later = np.flatnonzero(np.frombuffer(joined, dtype=np.int8) < -64)
+            reached = ends_N - _passed(np.searchsorted(ends_N, later, side="right"), len(ends_N))
+            starts = starts_N - _passed(np.searchsorted(starts_N, later, side="left"), len(ends_N))
+        # An empty token lies where the last character before it ends.
+        return text, np.stack([np.where(lengths_N > 0, starts, reached), reached], axis=1)
+
+    @staticmethod
+    def _apart(
+        token_ids: IntArray,
+        counts: Sequence[int],
+        offsets: Callable[[Any], tuple[str, list[tuple[int, int]]]],
+    ) -> tuple[str, Indices]:
+        texts: list[str] = []
+        spans: list[Indices] = []
+        at = first = 0
+        for count in counts:
+            text, found = offsets(token_ids[first : first + count])
+            spans.append(np.array(found, dtype=np.int64).reshape(-1, 2) + at)
+            texts.append(text)
+            at, first = at + len(text) + 1, first + count
+        return "\n".join(texts), np.concatenate([*spans, np.zeros((0, 2), dtype=np.int64)])
 
     def _bytes(self, token: int) -> bytes:
-        known = self._pieces.get(token)
-        if known is not None:
-            return known
         text = None if token in self._special or token < 0 else self._tokenizer.convert_ids_to_tokens(token)
         if text is None:
-            piece = b""
-        elif all(c in _ALPHABET for c in text):
-            piece = bytes(_ALPHABET[c] for c in text)
-        else:
-            piece = str(text).encode()  # an added token outside the alphabet stands for its own text
-        self._pieces[token] = piece
-        return piece
+            return b""
+        if all(c in _ALPHABET for c in text):
+            return bytes(_ALPHABET[c] for c in text)
+        return str(text).encode()  # an added token outside the alphabet stands for its own text
 
-    def _incremental_offsets(self, ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
+    def _incremental_offsets(self, token_ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+        ids = [int(i) for i in token_ids]
+
         # A window from the last complete character but one gives the decoder its left context (leading
         # spaces depend on it); tokens wait until the characters they build are complete.
         def decode(window: list[int]) -> str:

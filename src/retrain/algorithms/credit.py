@@ -49,10 +49,16 @@ if TYPE_CHECKING:
 Offsets: TypeAlias = Callable[[IntArray], tuple[str, list[tuple[int, int]]]]
 """Token ids -> their text and the half-open character range of each token in it."""
 
+Lines: TypeAlias = Callable[[IntArray, Sequence[int]], tuple[str, npt.NDArray[np.int64]]]
+"""Token ids of several sequences and how many belong to each -> their texts with a line feed between each two, and
+the ranges of all tokens in that, (N, 2)."""
+
 SKIP_REASONS: tuple[SkipReason, ...] = ("errors", "all correct", "all wrong", "equal rewards", "all cut")
 
 _REWARD_LIMIT = 1e30
 """Advantages are float32; a reward near its limit is a broken reward, not a large one."""
+
+_GAP = np.zeros(1, dtype=np.bool_)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,8 @@ class Algorithm:
 
     ``advantage`` sees one group's rewards, or, with the attribute ``batch_level = True``, those of every group
     of the step that has a valid member. ``whole``, where there is one, stands in for advantage and transform. ``offsets`` is the
-    renderer's; ``params`` is what transforms and ``whole`` read (``beta``, ``alpha``, a plug-in's own);
+    renderer's, and so is ``lines``, which is asked instead where there is one and the detector reads a whole group's
+    responses as the lines of one text; ``params`` is what transforms and ``whole`` read (``beta``, ``alpha``, a plug-in's own);
     ``correct_at`` is the reward above which a rollout counts as correct, None where nothing says.
     ``mask_truncated``: a rollout cut at its token limit takes part in everything and gets no credit itself.
     """
@@ -80,6 +87,7 @@ class Algorithm:
     whole: AlgorithmFn | None = None
     whole_name: str = ""
     mask_truncated: bool = False
+    lines: Lines | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +180,8 @@ def _credit(
 ) -> CreditedGroup:
     """One group's credit from its members' advantages; None where an algorithm has none, or it is skipped."""
     group, members = valid.group, valid.members
-    u_V_T = [_uncertainty(rollout, algorithm) for rollout in members]
-    planning_V_T = [_planning(rollout, algorithm) for rollout in members]
+    u_V_T = _uncertainties(members, algorithm)
+    planning_V_T = _planning_of(members, algorithm)
     advantages_V_T: Sequence[FloatArray] = [np.zeros(len(r.token_ids_T), dtype=np.float32) for r in members]
     if not valid.skipped:
         valid_group = ScoredGroup(group.task, tuple(members), tuple(valid.scores))
@@ -185,8 +193,8 @@ def _credit(
             out = _called("algorithm", name, algorithm.whole, valid_group, context)
             advantages_V_T = _checked_credit(out, members, f"algorithm {name!r}")
         elif advantages_V is not None:
-            for rollout, a_T, a in zip(members, advantages_V_T, advantages_V, strict=True):
-                a_T[rollout.sampled_T] = a
+            pairs = zip(members, advantages_V, strict=True)
+            advantages_V_T = [np.where(r.sampled_T, a, np.float32(0.0)) for r, a in pairs]
             name = algorithm.transform_name
             out = _called("transform", name, algorithm.transform, valid_group, advantages_V_T, context)
             advantages_V_T = _checked_credit(out, members, f"transform {name!r}")
@@ -230,30 +238,50 @@ def _skip_reason(rewards_V: Float64Array, scores: Sequence[Score], correct_at: f
     return "all wrong" if verdicts == {False} else "equal rewards"
 
 
-def _uncertainty(rollout: Rollout, algorithm: Algorithm) -> FloatArray:
-    who = f"uncertainty {algorithm.uncertainty_name!r}"
-    sampled_T = rollout.sampled_T
-    given = _called("uncertainty", algorithm.uncertainty_name, algorithm.uncertainty, rollout)
-    u_T = _floats(given, len(sampled_T), who)
-    _require(bool(np.isfinite(u_T[sampled_T]).all()), who, "gave a sampled token a value that is not finite")
-    _require(bool(np.isnan(u_T[~sampled_T]).all()), who, "must be NaN where no token was sampled")
-    return u_T
+def _uncertainties(members: Sequence[Rollout], algorithm: Algorithm) -> list[FloatArray]:
+    who, name = f"uncertainty {algorithm.uncertainty_name!r}", algorithm.uncertainty_name
+    given = [_called("uncertainty", name, algorithm.uncertainty, rollout) for rollout in members]
+    u_V_T = [_floats(u_T, len(r.sampled_T), who) for u_T, r in zip(given, members, strict=True)]
+    if members:
+        u, sampled = np.concatenate(u_V_T), np.concatenate([r.sampled_T for r in members])
+        _require(
+            bool((np.isfinite(u) >= sampled).all()), who, "gave a sampled token a value that is not finite"
+        )
+        _require(bool((np.isnan(u) != sampled).all()), who, "must be NaN where no token was sampled")
+    return u_V_T
+
+
+def _planning_of(members: Sequence[Rollout], algorithm: Algorithm) -> list[BoolArray]:
+    """Planning marks of every member, by one call of a detector that reads lines, else each by itself."""
+    if algorithm.lines is None or not members:
+        return [_planning(rollout, algorithm) for rollout in members]
+    # One unsampled token before each rollout and after the last: unbroken runs of sampled ones then stay apart.
+    sampled = np.concatenate([x for r in members for x in (_GAP, r.sampled_T)] + [_GAP])
+    ids_N = np.concatenate([r.token_ids_T for r in members])[np.concatenate([r.sampled_T for r in members])]
+    edges = np.flatnonzero(sampled[1:] != sampled[:-1])
+    marks = np.zeros(len(sampled), dtype=np.bool_)
+    marks[sampled] = _marks(*algorithm.lines(ids_N, (edges[1::2] - edges[::2]).tolist()), algorithm)
+    starts = np.cumsum([1, *(len(r.token_ids_T) + 1 for r in members)]).tolist()
+    return [marks[start : start + len(r.token_ids_T)] for start, r in zip(starts, members, strict=False)]
 
 
 def _planning(rollout: Rollout, algorithm: Algorithm) -> BoolArray:
     """Planning marks of the sampled tokens; one decode for each unbroken run of them (single-turn: one)."""
-    who = f"detector {algorithm.detector_name!r}"
     planning_T = np.zeros(len(rollout.token_ids_T), dtype=np.bool_)
     # Turns are decoded apart: a phrase does not reach over a tool's answer that lies between two of them.
     edges = np.flatnonzero(np.diff(rollout.sampled_T, prepend=False, append=False))
     for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-        text, offsets = algorithm.offsets(rollout.token_ids_T[start:end])
-        mask_n = np.asarray(_called("detector", algorithm.detector_name, algorithm.detector, text, offsets))
-        n = end - start
-        _require(mask_n.shape == (n,), who, f"returned shape {mask_n.shape} for {n} tokens")
-        _require(mask_n.dtype == np.bool_, who, f"returned {mask_n.dtype} values, not bool")
-        planning_T[start:end] = mask_n
+        planning_T[start:end] = _marks(*algorithm.offsets(rollout.token_ids_T[start:end]), algorithm)
     return planning_T
+
+
+def _marks(text: str, offsets: Any, algorithm: Algorithm) -> BoolArray:
+    who, n = f"detector {algorithm.detector_name!r}", len(offsets)
+    mask_n = np.asarray(_called("detector", algorithm.detector_name, algorithm.detector, text, offsets))
+    if mask_n.shape != (n,) or mask_n.dtype != np.bool_:
+        _require(mask_n.shape == (n,), who, f"returned shape {mask_n.shape} for {n} tokens")
+        _require(False, who, f"returned {mask_n.dtype} values, not bool")
+    return mask_n
 
 
 def _advantages(valid_P: Sequence[_Valid], algorithm: Algorithm) -> list[FloatArray | None]:
@@ -290,9 +318,9 @@ def _checked_advantages(given: npt.ArrayLike, rewards_V: Float64Array, name: str
 def _checked_credit(out: object, members: Sequence[Rollout], who: str) -> list[FloatArray]:
     arrays = _arrays(out, who, len(members), "a group")
     out_V_T = [_floats(a_T, len(r.token_ids_T), who) for r, a_T in zip(members, arrays, strict=True)]
-    for rollout, a_T in zip(members, out_V_T, strict=True):
-        _require(bool(np.isfinite(a_T).all()), who, "returned a value that is not finite")
-        _require(not a_T[~rollout.sampled_T].any(), who, "gave credit to a token that was not sampled")
+    out, sampled = np.concatenate(out_V_T), np.concatenate([r.sampled_T for r in members])
+    _require(bool(np.isfinite(out).all()), who, "returned a value that is not finite")
+    _require(not ((out != 0) > sampled).any(), who, "gave credit to a token that was not sampled")
     return out_V_T
 
 
@@ -320,6 +348,8 @@ def _called(kind: str, name: str, function: Callable[..., Any], *arguments: Any)
 
 def _floats(given: npt.ArrayLike, n: int, who: str) -> FloatArray:
     array = np.asarray(given)
+    if array.dtype == np.float32 and array.shape == (n,):
+        return array
     _require(array.shape == (n,), who, f"returned shape {array.shape}, expected {(n,)}")
     _require(np.issubdtype(array.dtype, np.floating), who, f"returned {array.dtype} values, not floats")
     # Too large for float32 becomes infinite here, which the check for finite values then names.
@@ -375,6 +405,7 @@ def build(config: Config, renderer: Renderer) -> Algorithm:
         detector=detector,
         detector_name=detector_name,
         offsets=renderer.offsets,
+        lines=getattr(renderer, "lines", None) if getattr(detector, "reads_lines", False) else None,
         params=params,
         correct_at=config.reward.correct_at,
         whole=whole,

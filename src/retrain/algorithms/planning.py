@@ -11,9 +11,10 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from retrain.errors import ConfigError
 from retrain.types import BoolArray
@@ -102,12 +103,20 @@ def _checked(grams: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(checked))
 
 
+Offsets: TypeAlias = Sequence[tuple[int, int]] | npt.NDArray[np.int64]
+"""Half-open character ranges of T tokens: pairs in any order, or an array (T, 2) that never decreases."""
+
+
 class RegexDetector:
     """Marks the tokens of every occurrence of a phrase, on word boundaries and in any letter case.
 
     Words of a phrase may be separated by spaces, commas or hyphens, not by newlines; apostrophes may be
     straight or typographic. Occurrences may overlap. ConfigError for a phrase without a word.
     """
+
+    reads_lines = True
+    """No phrase reaches over a line feed, so that the lines of a text may be those of many responses; and the
+    ranges may be an array."""
 
     def __init__(self, grams: Sequence[str] = DEFAULT_GRAMS) -> None:
         self.grams = _checked(grams)
@@ -116,16 +125,27 @@ class RegexDetector:
     @staticmethod
     def _search(gram: str) -> tuple[list[str], re.Pattern[str]]:
         folded = _fold(gram).replace("\u2019", "'")
+        # The longest first: it is the least likely to be there.
+        pieces = sorted(re.split("[ ']", folded), key=len, reverse=True)
         body = _SEPARATOR.join(re.escape(word).replace("'", _APOSTROPHE) for word in folded.split(" "))
-        before = r"\b" if re.match(r"\w", folded) else ""
+        if re.match(r"\w", folded):
+            # The boundary before the phrase is looked for after its first letters: a pattern that begins with
+            # letters is found by a plain search for them, one that begins with \b is tried at every character.
+            first = re.escape(re.split("[ ']", folded)[0])
+            body = f"{first}(?<=\\b{first})" + body.removeprefix(first)
         after = r"\b" if re.search(r"\w$", folded) else ""
-        return re.split("[ ']", folded), re.compile(before + body + after)
+        return pieces, re.compile(body + after)
 
     def _spans(self, text: str) -> Iterator[tuple[int, int]]:
         folded = _fold(text)
+        absent: set[str] = set()
         for pieces, pattern in self._searches:
             # Most phrases are absent, and a plain search says so far faster than a pattern.
-            if not all(piece in folded for piece in pieces):
+            if not absent.isdisjoint(pieces):
+                continue
+            missing = next((piece for piece in pieces if piece not in folded), None)
+            if missing is not None:
+                absent.add(missing)
                 continue
             found = pattern.search(folded)
             while found:
@@ -133,7 +153,7 @@ class RegexDetector:
                 # From the next character on, not from the match's end: a phrase may overlap itself.
                 found = pattern.search(folded, found.start() + 1)
 
-    def __call__(self, text: str, offsets: Sequence[tuple[int, int]]) -> BoolArray:
+    def __call__(self, text: str, offsets: Offsets) -> BoolArray:
         """One bool per token: does its half-open character range overlap a phrase of ``text``?
 
         ``offsets`` holds T of them; a token of zero width is never marked.
@@ -141,13 +161,18 @@ class RegexDetector:
         return overlapping(list(self._spans(text)), len(text), offsets)
 
 
-def overlapping(
-    spans: Sequence[tuple[int, int]], length: int, offsets: Sequence[tuple[int, int]]
-) -> BoolArray:
+def overlapping(spans: Sequence[tuple[int, int]], length: int, offsets: Offsets) -> BoolArray:
     """One bool per token: does its half-open range overlap one of ``spans`` in a text of ``length`` characters?"""
     mask_T = np.zeros(len(offsets), dtype=np.bool_)
     if not spans or not len(offsets):
         return mask_T
+    if isinstance(offsets, np.ndarray):
+        starts, ends = np.ascontiguousarray(offsets[:, 0]), np.ascontiguousarray(offsets[:, 1])
+        firsts = np.searchsorted(ends, [start for start, _ in spans], side="right").tolist()
+        lasts = np.searchsorted(starts, [end for _, end in spans], side="left").tolist()
+        for first, last in zip(firsts, lasts, strict=True):
+            mask_T[first:last] = True
+        return mask_T & (ends > starts)
     ranges = np.fromiter(itertools.chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
     starts, ends = ranges[::2], ranges[1::2]
     # Characters inside a span before each position: a token overlaps one when that count grows over it.

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from retrain.algorithms.credit import SKIP_REASONS, Algorithm, correct
 from retrain.algorithms.transforms import surprisal
@@ -76,35 +78,34 @@ class CreditStats:
 
 def step_stats(groups_P: Sequence[CreditedGroup], algorithm: Algorithm) -> CreditStats:
     """Pool a step's groups, skipped ones included; members that are not valid are left out."""
-    verdicts: list[bool | None] = []
-    exec_u: list[FloatArray] = []
-    surprisals: tuple[list[FloatArray], list[FloatArray]] = ([], [])
-    entropies: tuple[list[FloatArray], list[FloatArray]] = ([], [])
-    every_entropy = True
-    for rollout, score, u_T, planning_T in _valid_members(groups_P):
-        verdicts.append(correct(score, algorithm.correct_at))
-        masks = (rollout.sampled_T & ~planning_T, rollout.sampled_T & planning_T)
-        exec_u.append(u_T[masks[0]])
-        surprisal_T = surprisal(rollout)
-        every_entropy = every_entropy and rollout.entropies_T is not None
-        for i, mask_T in enumerate(masks):
-            surprisals[i].append(surprisal_T[mask_T])
-            if rollout.entropies_T is not None:
-                entropies[i].append(rollout.entropies_T[mask_T])
-    if not every_entropy:
+    members = list(_valid_members(groups_P))
+    verdicts = [correct(score, algorithm.correct_at) for _, score, _, _ in members]
+    sampled = _flat([rollout.sampled_T for rollout, _, _, _ in members], np.bool_)
+    planning = _flat([planning_T for _, _, _, planning_T in members], np.bool_)
+    execution, planned = sampled & ~planning, sampled & planning
+    u = _flat([u_T for _, _, u_T, _ in members], np.float32)
+    surprisals = _flat([surprisal(rollout) for rollout, _, _, _ in members], np.float32)
+    carried = [r.entropies_T for r, _, _, _ in members if r.entropies_T is not None]
+    exec_entropy = plan_entropy = np.zeros(0, dtype=np.float32)
+    if len(carried) == len(members):
         # A mean over the rollouts that happen to carry entropies would describe another population.
-        entropies = ([], [])
+        entropies = _flat(carried, np.float32)
+        exec_entropy, plan_entropy = entropies[execution], entropies[planned]
     known = [v for v in verdicts if v is not None]
     return CreditStats(
         correct_rate=sum(known) / len(known) if known and len(known) == len(verdicts) else None,
         skipped={reason: sum(g.skipped == reason for g in groups_P) for reason in SKIP_REASONS},
-        exec_uncertainty=Moments.of(exec_u),
-        exec_surprisal=Moments.of(surprisals[0]),
-        plan_surprisal=Moments.of(surprisals[1]),
-        exec_entropy=Moments.of(entropies[0]),
-        plan_entropy=Moments.of(entropies[1]),
-        entropy_mean=Moments.of([*entropies[0], *entropies[1]]).mean,
+        exec_uncertainty=Moments.of([u[execution]]),
+        exec_surprisal=Moments.of([surprisals[execution]]),
+        plan_surprisal=Moments.of([surprisals[planned]]),
+        exec_entropy=Moments.of([exec_entropy]),
+        plan_entropy=Moments.of([plan_entropy]),
+        entropy_mean=Moments.of([exec_entropy, plan_entropy]).mean,
     )
+
+
+def _flat(arrays: Sequence[npt.NDArray[Any]], dtype: type[np.generic]) -> npt.NDArray[Any]:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=dtype)
 
 
 def _valid_members(

@@ -6,9 +6,9 @@ The order is fixed: episode advantage, SEPA on the uncertainties, GTPO's weights
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -79,10 +79,21 @@ def shannon_entropy(rollout: Rollout) -> FloatArray:
     return np.where(rollout.sampled_T, rollout.entropies_T, np.float32(np.nan)).astype(np.float32, copy=False)
 
 
-# Pure pieces, each over the n sampled tokens of one rollout, in float64.
+# Pure pieces over n sampled tokens, in float64: of one rollout, or of several one after the other, whose
+# boundaries ``edges`` then gives (0, ..., n). Means are over each rollout's own tokens.
 
 
-def gtpo_weigh(advantages_n: Floats, uncertainty_n: Floats, beta: float) -> Float64Array:
+def _mean_of_each(values_n: Float64Array, edges: Sequence[int]) -> Float64Array:
+    """The mean between each two edges, 0 where there is nothing between them."""
+    bounds = itertools.pairwise(edges)
+    # numpy's mean, without what it looks at first.
+    sums = [np.add.reduce(values_n[a:b]) / (b - a) if b > a else 0.0 for a, b in bounds]
+    return np.array(sums, dtype=np.float64)
+
+
+def gtpo_weigh(
+    advantages_n: Floats, uncertainty_n: Floats, beta: float, edges: Sequence[int] = ()
+) -> Float64Array:
     """GTPO-like weights: ``A_t w_t``, ``w_t = max(0, 1 + beta (u_t / (mean(u) + 1e-8) - 1))``.
 
     Unchanged when ``beta`` is 0 or ``mean(u)`` below 1e-7. While no weight is floored at 0 they average to 1,
@@ -95,10 +106,11 @@ def gtpo_weigh(advantages_n: Floats, uncertainty_n: Floats, beta: float) -> Floa
     u_n = np.asarray(uncertainty_n, dtype=np.float64)
     if beta == 0.0 or u_n.size == 0:
         return a_n
-    mean = float(u_n.mean())
-    if mean < 1e-7:
-        return a_n
-    return a_n * np.maximum(0.0, 1.0 + beta * (u_n / (mean + 1e-8) - 1.0))
+    edges = edges or (0, u_n.size)
+    means = _mean_of_each(u_n, edges)
+    mean_n = np.repeat(means, np.diff(edges))
+    weighed_n = a_n * np.maximum(0.0, 1.0 + beta * (u_n / (mean_n + 1e-8) - 1.0))
+    return weighed_n if means.min() >= 1e-7 else np.where(mean_n < 1e-7, a_n, weighed_n)
 
 
 def hicra_amplify(advantages_n: Floats, planning_n: BoolArray, alpha: float) -> Float64Array:
@@ -111,7 +123,9 @@ def hicra_amplify(advantages_n: Floats, planning_n: BoolArray, alpha: float) -> 
     return np.where(planning_n, a_n + alpha * np.abs(a_n), a_n)
 
 
-def sepa_pool(uncertainty_n: Floats, planning_n: BoolArray, sepa_lambda: float) -> Float64Array:
+def sepa_pool(
+    uncertainty_n: Floats, planning_n: BoolArray, sepa_lambda: float, edges: Sequence[int] = ()
+) -> Float64Array:
     """SEPA pooling: ``u_t <- lambda mean_exec(u) + (1 - lambda) u_t`` on execution tokens.
 
     Planning tokens keep their ``u_t``; a rollout without execution tokens is unchanged. ``sepa_lambda`` is in
@@ -120,15 +134,19 @@ def sepa_pool(uncertainty_n: Floats, planning_n: BoolArray, sepa_lambda: float) 
     more than a hundred runs. It flattens the uncertainty of execution tokens; no gain is promised.
     """
     u_n = np.asarray(uncertainty_n, dtype=np.float64)
-    execution_n = ~planning_n
-    if sepa_lambda == 0.0 or not execution_n.any():
+    if sepa_lambda == 0.0 or u_n.size == 0:
         return u_n
-    mean = float(u_n[execution_n].mean())
-    return np.where(execution_n, sepa_lambda * mean + (1.0 - sepa_lambda) * u_n, u_n)
+    mean_n = _execution_means(u_n, planning_n, edges)
+    return np.where(planning_n, u_n, sepa_lambda * mean_n + (1.0 - sepa_lambda) * u_n)
 
 
 def sepa_amplify(
-    uncertainty_n: Floats, planning_n: BoolArray, sepa_lambda: float, *, floored: bool = False
+    uncertainty_n: Floats,
+    planning_n: BoolArray,
+    sepa_lambda: float,
+    edges: Sequence[int] = (),
+    *,
+    floored: bool = False,
 ) -> Float64Array:
     """SEPA the other way round: ``u_t <- (1 + lambda) u_t - lambda mean_exec(u)`` on execution tokens.
 
@@ -137,12 +155,18 @@ def sepa_amplify(
     control for the direction of SEPA. ``sepa_lambda`` is in [0, 1]; arguments and result are (n,).
     """
     u_n = np.asarray(uncertainty_n, dtype=np.float64)
-    execution_n = ~planning_n
-    if sepa_lambda == 0.0 or not execution_n.any():
+    if sepa_lambda == 0.0 or u_n.size == 0:
         return u_n
-    mean = float(u_n[execution_n].mean())
-    spread_n = (1.0 + sepa_lambda) * u_n - sepa_lambda * mean
-    return np.where(execution_n, np.maximum(spread_n, 0.0) if floored else spread_n, u_n)
+    mean_n = _execution_means(u_n, planning_n, edges)
+    spread_n = (1.0 + sepa_lambda) * u_n - sepa_lambda * mean_n
+    return np.where(planning_n, u_n, np.maximum(spread_n, 0.0) if floored else spread_n)
+
+
+def _execution_means(u_n: Float64Array, planning_n: BoolArray, edges: Sequence[int]) -> Float64Array:
+    """Each token's mean over the execution tokens of its rollout; 0 where there are none."""
+    edges = edges or (0, u_n.size)
+    before = np.concatenate([[0], np.cumsum(~planning_n)])[list(edges)].tolist()
+    return np.repeat(_mean_of_each(u_n[~planning_n], before), np.diff(edges))
 
 
 # Token transforms: (group, advantages_G_T, context) -> advantages_G_T.
@@ -155,8 +179,8 @@ def none(
     return advantages_G_T
 
 
-Reshape: TypeAlias = Callable[[Floats, BoolArray], Float64Array]
-"""(uncertainty_n, planning_n) -> uncertainty_n: what happens to a rollout's uncertainties before GTPO."""
+Reshape: TypeAlias = Callable[[Floats, BoolArray, Sequence[int]], Float64Array]
+"""(uncertainty_n, planning_n, edges) -> uncertainty_n: what happens to the uncertainties before GTPO."""
 
 
 def _transform(
@@ -167,21 +191,19 @@ def _transform(
     reshape: Reshape | None = None,
     alpha: float = 0.0,
 ) -> list[FloatArray]:
-    beta = float(context.params["beta"])
-    out_G_T: list[FloatArray] = []
-    for rollout, a_T, u_T, planning_T in zip(
-        group.rollouts_G, advantages_G_T, context.uncertainty_G_T, context.planning_G_T, strict=True
-    ):
-        sampled_T = rollout.sampled_T
-        planning_n = planning_T[sampled_T]
-        u_n = u_T[sampled_T] if reshape is None else reshape(u_T[sampled_T], planning_n)
-        credit_n = gtpo_weigh(a_T[sampled_T], u_n, beta)
-        if alpha != 0.0:
-            credit_n = hicra_amplify(credit_n, planning_n, alpha)
-        out_T = np.zeros(len(a_T), dtype=np.float32)
-        out_T[sampled_T] = credit_n
-        out_G_T.append(out_T)
-    return out_G_T
+    rollouts = group.rollouts_G
+    sampled = np.concatenate([r.sampled_T for r in rollouts])
+    edges = np.cumsum([0, *(r.num_sampled for r in rollouts)]).tolist()
+    u_n: Floats = np.concatenate(context.uncertainty_G_T)[sampled]
+    planning_n = np.concatenate(context.planning_G_T)[sampled]
+    if reshape is not None:
+        u_n = reshape(u_n, planning_n, edges)
+    credit_n = gtpo_weigh(np.concatenate(advantages_G_T)[sampled], u_n, float(context.params["beta"]), edges)
+    if alpha != 0.0:
+        credit_n = hicra_amplify(credit_n, planning_n, alpha)
+    out = np.zeros(len(sampled), dtype=np.float32)
+    out[sampled] = credit_n
+    return np.split(out, np.cumsum([len(r.sampled_T) for r in rollouts])[:-1])
 
 
 def gtpo(
@@ -203,7 +225,10 @@ def gtpo_sepa(
 ) -> Sequence[FloatArray]:
     """SEPA on the uncertainties, then GTPO's weights. Reads ``params["beta"]`` and ``sepa_lambda``."""
     return _transform(
-        group, advantages_G_T, context, reshape=partial(sepa_pool, sepa_lambda=context.sepa_lambda)
+        group,
+        advantages_G_T,
+        context,
+        reshape=lambda u_n, planning_n, edges: sepa_pool(u_n, planning_n, context.sepa_lambda, edges),
     )
 
 
@@ -212,7 +237,10 @@ def gtpo_sepa_amp(
 ) -> Sequence[FloatArray]:
     """``sepa_amplify``, then GTPO's weights. Reads ``params["beta"]`` and ``sepa_lambda``."""
     return _transform(
-        group, advantages_G_T, context, reshape=partial(sepa_amplify, sepa_lambda=context.sepa_lambda)
+        group,
+        advantages_G_T,
+        context,
+        reshape=lambda u_n, planning_n, edges: sepa_amplify(u_n, planning_n, context.sepa_lambda, edges),
     )
 
 
@@ -224,7 +252,9 @@ def gtpo_sepa_amp_c(
         group,
         advantages_G_T,
         context,
-        reshape=partial(sepa_amplify, sepa_lambda=context.sepa_lambda, floored=True),
+        reshape=lambda u_n, planning_n, edges: sepa_amplify(
+            u_n, planning_n, context.sepa_lambda, edges, floored=True
+        ),
     )
 
 
