@@ -84,12 +84,13 @@ def test_the_record_of_a_real_step(record: dict[str, Any], place: Path) -> None:
     assert not [p for p in (place / "tmp").iterdir() if p.name.startswith("retrain")]
 
 
-def test_the_seconds_add_up_to_the_step(record: dict[str, Any]) -> None:
+def test_the_parts_fill_the_step(record: dict[str, Any]) -> None:
     seconds = record["seconds"]
     assert set(seconds) == SECONDS
     top = ("sync", "sample", "score", "credit_and_pack", "learn", "log", "other")
     assert all(seconds[name] >= 0 for name in top)
-    assert sum(seconds[name] for name in top) == pytest.approx(seconds["step"], rel=1e-6)
+    # Parts that overlap would add up to more.
+    assert sum(seconds[name] for name in top) >= seconds["step"] * (1 - 1e-6)
     for whole, parts in (
         ("sample", ("prefill", "decode", "draw")),
         ("learn", ("forward", "head", "backward", "optimizer")),
