@@ -1,4 +1,4 @@
-"""The frozen output projection: logits, and logprobs and entropies of chosen positions with their slopes, in chunks."""
+"""The frozen output projection: logits, and logprobs and entropies of chosen positions with their slopes, in tiles."""
 
 # torch is only partly typed: what it returns is Any here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -31,17 +31,54 @@ class Head:
                 out = torch.mm(hidden_NH, self._dense.T, out_dtype=torch.float32)
             return out if self.bias is None else out + self.bias.float()
 
-    def transposed(self, delta_NV: torch.Tensor) -> torch.Tensor:
-        """(N, vocabulary) times the weight: (N, H)."""
-        return delta_NV.to(self._dense.dtype) @ self._dense
+    def tile(
+        self, hidden_NH: torch.Tensor, first: int, last: int, temperature: float, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Float32 logits (N, last - first) of a range of the vocabulary, over the temperature; into ``out`` where hidden
+        states come in float32, which then carry the temperature already."""
+        weight = self._dense[first:last]
+        if out is not None:
+            torch.mm(hidden_NH, weight.T, out=out)
+        else:
+            out = torch.mm(hidden_NH, weight.T, out_dtype=torch.float32).div_(temperature)
+        if self.bias is not None:
+            out.add_(self.bias[first:last].float(), alpha=1.0 / temperature)
+        return out
+
+    def add_transposed(self, into_NH: torch.Tensor, mass_NV: torch.Tensor, first: int, last: int) -> None:
+        """Add (N, last - first) times that range of the weight to float32 (N, H)."""
+        weight = self._dense[first:last]
+        if weight.dtype == torch.float32:
+            into_NH.addmm_(mass_NV, weight)
+        else:
+            into_NH.add_(torch.mm(mass_NV.to(weight.dtype), weight, out_dtype=torch.float32))
+
+    def rows(self, tokens_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Weight rows (N, H) in float32 of some tokens, and their biases (N,)."""
+        bias = 0.0 if self.bias is None else self.bias.index_select(0, tokens_N).float()
+        return self._dense.index_select(0, tokens_N).float(), bias
+
+    @property
+    def dense(self) -> torch.Tensor:
+        """The weight (vocabulary, H) that the products run on."""
+        return self._dense
+
+
+_TILE = {"cpu": (1 << 19, 1024), "cuda": (1 << 25, 4096)}
+"""Logits of one tile and its most positions. On the CPU a tile stays in a core's second cache between its product, its
+exponentials and the product with the weight; on CUDA it is large enough that launches do not count."""
+
+_RISE = 8.0
+"""Nats that a later tile's largest logit may exceed the reference of its row by before the sums are rescaled."""
 
 
 class SelectedLogprobs(torch.autograd.Function):
-    """Logprobs of chosen tokens, and on demand the entropies of their distributions, from final hidden states, in chunks.
+    """Logprobs of chosen tokens, and on demand the entropies of their distributions, from final hidden states, in tiles.
 
     The head is frozen, so with p the distribution at the temperature, d logprob / d hidden = (W[target] - p W) /
     temperature and d entropy / d hidden = - (p (log p + entropy)) W / temperature are computed together with the values
-    and stored instead of the logits: no (tokens, vocabulary) tensor outlives its chunk.
+    and stored instead of the logits. One pass over the vocabulary keeps per position a reference, the sum of exponentials
+    above it and their product with W (the online softmax of 1805.02867), so a logit lives as long as its tile.
     """
 
     @staticmethod
@@ -55,29 +92,28 @@ class SelectedLogprobs(torch.autograd.Function):
         entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         count, device = len(targets_N), hidden_NH.device
+        graded = bool(ctx.needs_input_grad[0])
         values = torch.empty(count, dtype=torch.float32, device=device)
         entropies = torch.empty(count if entropy else 0, dtype=torch.float32, device=device)
-        slopes = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
-        bends = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] and entropy else None
+        slopes = torch.empty_like(hidden_NH) if graded else None
+        bends = torch.empty_like(hidden_NH) if graded and entropy else None
+        size, most = _TILE.get(device.type, _TILE["cuda"])
+        chunk = max(1, min(chunk, most, count))
         for start in range(0, count, chunk):
-            part = slice(start, start + chunk)
-            targets = targets_N[part]
-            logprobs = torch.log_softmax(head.logits(hidden_NH[part]) / temperature, dim=-1)
-            values[part] = logprobs.gather(1, targets[:, None]).squeeze(1)
+            part = slice(start, min(start + chunk, count))
+            sums = _Sums(head, hidden_NH[part], temperature, size, graded, entropy)
+            at, bias = head.rows(targets_N[part])
+            # A product of its own, rounded otherwise than the tiles': at a share of 1 it may exceed them by an ulp.
+            own = (sums.hidden.float() * at).sum(1)
+            if not sums.scaled:
+                own = own / temperature
+            values[part] = (own + bias / temperature - sums.lse).clamp_max_(0.0)
             if entropy:
-                # A token of probability 0 adds nothing; 0 * -inf would add NaN.
-                logprobs.clamp_min_(-1e4)
-                mass = logprobs.exp()
-                entropies[part] = -(mass * logprobs).sum(-1)
-                if bends is not None:
-                    logprobs.add_(entropies[part][:, None]).mul_(mass).neg_()
-                    bends[part] = head.transposed(logprobs / temperature).to(bends.dtype)
-            else:
-                mass = logprobs.exp_()
+                entropies[part] = sums.entropy
             if slopes is not None:
-                delta = mass.neg_()
-                delta[torch.arange(len(targets), device=device), targets] += 1.0
-                slopes[part] = head.transposed(delta / temperature).to(slopes.dtype)
+                slopes[part] = at.sub_(sums.mean()).div_(temperature)
+            if bends is not None:
+                bends[part] = sums.bend().div_(temperature)
         ctx.slopes, ctx.bends = slopes, bends
         return values, entropies
 
@@ -86,5 +122,88 @@ class SelectedLogprobs(torch.autograd.Function):
         slopes: torch.Tensor = ctx.slopes
         out = grads[0][:, None].to(slopes.dtype) * slopes
         if ctx.bends is not None:
-            out = out + grads[1][:, None].to(slopes.dtype) * ctx.bends
+            out.addcmul_(grads[1][:, None].to(slopes.dtype), ctx.bends)
         return out, None, None, None, None, None
+
+
+class _Sums:
+    """One pass over the vocabulary for some positions: with y = logit / temperature - reference, the sums of e^y and of
+    e^y y (N,), and with ``graded`` of e^y W and e^y y W (N, H), all float32."""
+
+    def __init__(
+        self, head: Head, hidden_NH: torch.Tensor, temperature: float, size: int, graded: bool, entropy: bool
+    ) -> None:
+        weight = head.dense
+        rows, vocabulary = len(hidden_NH), len(weight)
+        self.scaled = weight.dtype == torch.float32
+        # Where hidden states are float32 anyway they carry the temperature: one pass less over every tile.
+        self.hidden = hidden_NH.float() / temperature if self.scaled else hidden_NH
+        width = min(vocabulary, max(64, size // rows // 64 * 64))
+        float32: dict[str, Any] = {"dtype": torch.float32, "device": hidden_NH.device}
+        logits = torch.empty(rows * width, **float32) if self.scaled else None
+        mass = torch.empty(rows * width, **float32) if entropy else None
+        cpu = hidden_NH.device.type == "cpu"
+        self._reference = torch.zeros(rows, 1, **float32)
+        self._sum = torch.zeros(rows, 1, **float32)
+        self._moment = torch.zeros(rows, 1, **float32) if entropy else None
+        self._product = torch.zeros(rows, weight.shape[1], **float32) if graded else None
+        self._bent = torch.zeros_like(self._product) if self._product is not None and entropy else None
+        for first in range(0, vocabulary, width):
+            last = min(first + width, vocabulary)
+            shape = (rows, last - first)
+            buffer = None if logits is None else logits[: shape[0] * shape[1]].view(shape)
+            tile = head.tile(self.hidden, first, last, temperature, buffer)
+            top = tile.amax(1, keepdim=True)
+            if not first:
+                self._reference = top
+            elif not cpu or bool((top > self._reference + _RISE).any()):
+                self._raise_to(torch.maximum(top, self._reference))
+            tile.sub_(self._reference)
+            if mass is None or self._moment is None:
+                share = tile.exp_()
+            else:
+                # A token of probability 0 adds nothing; 0 * -inf would add NaN.
+                tile.clamp_min_(-1e4)
+                share = torch.exp(tile, out=mass[: shape[0] * shape[1]].view(shape))
+                tile.mul_(share)
+                self._moment += tile.sum(1, keepdim=True)
+                if self._bent is not None:
+                    head.add_transposed(self._bent, tile, first, last)
+            self._sum += share.sum(1, keepdim=True)
+            if self._product is not None:
+                head.add_transposed(self._product, share, first, last)
+
+    def _raise_to(self, reference: torch.Tensor) -> None:
+        rise = reference - self._reference
+        factor = torch.exp(-rise)
+        for moment, mass in ((self._moment, self._sum), (self._bent, self._product)):
+            if moment is not None and mass is not None:
+                moment.addcmul_(mass, rise, value=-1).mul_(factor)
+        self._sum.mul_(factor)
+        if self._product is not None:
+            self._product.mul_(factor)
+        self._reference = reference
+
+    @property
+    def lse(self) -> torch.Tensor:
+        """log of the sum of exponentials (N,)."""
+        return (self._reference + self._sum.log()).squeeze(1)
+
+    @property
+    def entropy(self) -> torch.Tensor:
+        """Entropies (N,) in nats."""
+        assert self._moment is not None
+        return (self._sum.log() - self._moment / self._sum).squeeze(1)
+
+    def mean(self) -> torch.Tensor:
+        """p W (N, H)."""
+        assert self._product is not None
+        return self._product / self._sum
+
+    def bend(self) -> torch.Tensor:
+        """- (p (log p + entropy)) W (N, H): minus the covariance of y and W under p."""
+        assert self._moment is not None
+        assert self._product is not None
+        assert self._bent is not None
+        mean = self._moment / self._sum
+        return self._product.mul(mean).sub_(self._bent).div_(self._sum)
