@@ -173,6 +173,29 @@ def test_bf16_gradients_are_near_float32(native):
         assert cosine > 0.98, (key, float(cosine))
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_what_bf16_samples_with_follows_an_update(native):
+    model, layers, adapter, mode = adapted("Qwen3", torch.bfloat16)
+    lean = build(model, layers, mode, native=native)
+    ids, at = torch.arange(8), torch.arange(8)
+    optimizer = torch.optim.AdamW(list(adapter.values()), lr=0.05, fused=True)
+    for p in adapter.values():
+        p.grad = torch.ones_like(p)
+    with torch.no_grad():
+        before = lean(ids, at, one_sequence)
+        optimizer.step()  # the fused optimizer tells nobody that it wrote
+        after = lean(ids, at, one_sequence)
+        lean.merge()
+        mode.kind = "merged"
+        sampled = lean(ids, at, one_sequence)
+        mode.kind = "adapter"
+        stock = StockDecoder(model, layers)(ids, at, one_sequence)
+    assert (sampled.float() - after.float()).norm() < 0.01 * after.float().norm()
+    moved, expected = (x.float() - before.float() for x in (after, stock))
+    assert expected.norm() > 0.1
+    assert (moved - expected).norm() < 0.2 * expected.norm()
+
+
 def test_an_unknown_layout_runs_on_the_modules():
     import transformers
     from peft import LoraConfig

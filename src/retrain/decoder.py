@@ -45,7 +45,7 @@ class Decoder(Protocol):
         ...
 
     def merge(self) -> None:
-        """Rebuild merged weights from the untouched base."""
+        """Rebuild what sampling runs on from the untouched base."""
         ...
 
     def recompute_activations(self) -> None:
@@ -91,6 +91,8 @@ class StockDecoder:
     def merge(self) -> None:
         """Merge every layer."""
         for layer in self._layers.values():
+            if layer.quantized or layer.base.weight.dtype != torch.float32:
+                continue
             if layer.merged is None:
                 layer.merged = torch.empty_like(layer.base.weight)
             torch.add(layer.base.weight, layer.delta(), out=layer.merged)
@@ -201,25 +203,26 @@ class LeanDecoder:
         """From now on, wherever gradients are taken."""
         self._recompute = True
 
-    def prepare(self, length: int) -> None:
-        """Make the tables of rotations for sequences of ``length`` tokens, so that a forward pass need not look."""
-        if self._tables is not None and len(self._tables[0]) >= length:
-            return
-        with torch.no_grad():
-            device = self._embedding.device
-            at = torch.arange(max(256, 1 << (length - 1).bit_length()), device=device)[None]
-            cos, sin = self._rotary(torch.zeros(1, 1, 1, device=device), at)
-            half = sin.shape[-1] // 2
-            sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-        self._tables = (cos[0, :, None].contiguous(), sin[0, :, None].contiguous())
-
     def _turns(self, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # On CUDA the highest position is not worth a wait: callers there prepare() for their longest row.
-        if self._tables is None or positions_N.device.type == "cpu":
-            self.prepare(int(positions_N.max()) + 1)
-        assert self._tables is not None
+        """Cosines and sines (N, 1, D) from tables of twice the length seen, so that a CUDA graph recorded now still reads
+        inside them when its rows have grown."""
+        recording = positions_N.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self._tables is None or not recording:
+            length = int(positions_N.max()) + 1
+            if self._tables is None or 2 * length > len(self._tables[0]):
+                self._tables = self._rotations(max(1024, 2 << (length - 1).bit_length()))
         cos, sin = self._tables
         return cos[positions_N], sin[positions_N]
+
+    @torch.no_grad()
+    def _rotations(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self._embedding.device
+        cos, sin = self._rotary(
+            torch.zeros(1, 1, 1, device=device), torch.arange(length, device=device)[None]
+        )
+        half = sin.shape[-1] // 2
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        return cos[0, :, None].contiguous(), sin[0, :, None].contiguous()
 
 
 def _layer(

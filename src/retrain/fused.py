@@ -55,6 +55,7 @@ class FusedLinear:
         self._layers = tuple(layers)
         self.plain = any(layer.quantized for layer in layers)
         self.merged: torch.Tensor | None = None
+        self._split: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         if self.plain:
             return
         self._dtype = first.dtype
@@ -90,7 +91,13 @@ class FusedLinear:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Rebuild the merged copy from the untouched base."""
+        """Prepare sampling from the untouched base: a merged copy where products are float32, else the factors in the
+        form that the products take."""
+        if self.plain:
+            return
+        if not self.mergeable:
+            self._split = self._factors()
+            return
         if self.merged is None:
             self.merged = torch.empty_like(self._weight)
         for part in self._parts:
@@ -105,13 +112,13 @@ class FusedLinear:
         if self.plain or self._mode.dropout:
             out = torch.cat([layer(x_NI) for layer in self._layers], dim=-1)
             return out if residual_NO is None else out + residual_NO
-        if kind == "adapter":
+        if kind == "adapter" or (kind == "merged" and self.merged is None):
             if torch.is_grad_enabled():
                 factors = [w for part in self._parts for w in (part.layer.a, part.layer.b)]
                 made: Any = _Adapted.apply(x_NI, residual_NO, self, *factors)
                 return made
             return self._adapted(x_NI, residual_NO)[0]
-        weight = self.merged if kind == "merged" and self.merged is not None else self._weight
+        weight = self.merged if kind == "merged" and self.merged is not None else self._weight  # else: "base"
         x = x_NI.to(weight.dtype)
         if residual_NO is None:
             out = F.linear(x, weight, None if self._bias is None else self._bias.to(weight.dtype))
@@ -138,10 +145,7 @@ class FusedLinear:
             for part in self._parts:
                 out[:, part.out].addmm_(ax[:, part.rank], part.layer.b.T, alpha=part.layer.scale)
             return out.to(x_NI.dtype), ax
-        ax = _exact_product(x_NI, self._a)
-        delta = torch.empty(len(x_NI), self._weight.shape[0], dtype=x_NI.dtype, device=x_NI.device)
-        for part in self._parts:
-            delta[:, part.out] = _exact_product(ax[:, part.rank] * part.layer.scale, part.layer.b)
+        delta, ax = self._delta(x_NI)
         # The adapter's product is the addend of the base product, so that the sum is rounded once. Nothing else joins it
         # there: beside a bias or a residual, which are on the coarser grid of bf16, a small update would be rounded away.
         out = torch.addmm(delta, x_NI, self._weight.T)
@@ -150,6 +154,22 @@ class FusedLinear:
         if residual_NO is not None:
             out += residual_NO
         return out, ax
+
+    def _delta(self, x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The adapter's product (N, outs) and A x (N, ranks) in bf16."""
+        prepared = self._split if self._mode.kind == "merged" else None
+        a_both, b_high, b_low = prepared or self._factors()
+        ax = (x_NI @ a_both.T).view(len(x_NI), 2, -1).sum(1)
+        return torch.addmm(ax @ b_low.T, ax, b_high.T), ax
+
+    @torch.no_grad()
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A and scaled B of all layers for bf16 products. bf16 alone would round them, so each is split into two parts:
+        A's (2 ranks, in) one below the other; B's (outs, ranks) twice, zero between layers."""
+        b = torch.zeros(self._weight.shape[0], self._a.shape[0], device=self._a.device)
+        for part in self._parts:
+            torch.mul(part.layer.b, part.layer.scale, out=b[part.out, part.rank])
+        return torch.cat(_halves(self._a)), *_halves(b)
 
     def _slope(
         self, grad_NO: torch.Tensor, x_NI: torch.Tensor, ax_NR: torch.Tensor, need_x: bool
@@ -174,12 +194,10 @@ class FusedLinear:
         return grad_x.to(x_NI.dtype), factors
 
 
-def _exact_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x W^T in the dtype of a bf16 ``x`` for a float32 ``weight`` that bf16 alone would round: as two bf16 parts."""
-    x = x if x.dtype == torch.bfloat16 else x.to(torch.bfloat16)
-    high = weight.to(torch.bfloat16)
-    low = (weight - high.float()).to(torch.bfloat16)
-    return torch.addmm(x @ low.T, x, high.T)
+def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two bf16 tensors whose sum is a float32 one to 16 bits."""
+    high = x.to(torch.bfloat16)
+    return high, (x - high.float()).to(torch.bfloat16)
 
 
 def _float_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

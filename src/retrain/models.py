@@ -111,7 +111,7 @@ class Policy:
 
     @contextmanager
     def mode(self, kind: Literal["adapter", "merged", "base"]) -> Generator[None]:
-        """Run the forward with the adapter, with merged weights (float32 only), or without any adapter."""
+        """Run the forward with the adapter, with what ``merge`` prepared, or without any adapter."""
         before, self._mode.kind = self._mode.kind, kind
         try:
             yield
@@ -133,12 +133,12 @@ class Policy:
                 self._mode.dropout = 0.0
 
     def merge(self) -> bool:
-        """Rebuild the merged sampling copies from the untouched base; False where products are not float32 (rounding
-        would eat small updates) or the copies would not fit the device's memory class."""
-        if not self._decoder.mergeable or not merged_copies_fit(self.parameters_total, self.device):
+        """Prepare ``merged`` mode from the untouched base: merged weights where products are float32, else (rounding
+        would eat small updates) the adapter's factors as they are multiplied. False where the copies would not fit the
+        device's memory class: sample in ``adapter`` mode then."""
+        if not merged_copies_fit(self.parameters_total, self.device) and self._decoder.mergeable:
             return False
-        with torch.no_grad():
-            self._decoder.merge()
+        self._decoder.merge()
         return True
 
     def recompute_activations(self) -> None:
