@@ -237,7 +237,7 @@ def ratios(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def search(run: argparse.Namespace) -> dict[str, Any]:
-    """Every setting of TRL that may matter, one process each; what failed says why in its last line."""
+    """Every setting of TRL that may matter, one process each, stored as it is measured."""
     case = CASES[run.workload]
     tried: dict[str, Any] = {}
     wanted = {**SEARCH, **({} if run.dtype == "fp32" else BF16_SEARCH)}
@@ -263,15 +263,19 @@ def search(run: argparse.Namespace) -> dict[str, Any]:
             if side is not None:
                 side.close()
         print(f"{name:40} {tried[name]}", flush=True)
-    return {
-        "case": case.name,
-        "dtype": run.dtype,
-        "threads": run.threads,
-        "machine": machine(),
-        "versions": versions(run.peer_python),
-        "date": time.strftime("%Y-%m-%d"),
-        "tried": tried,
-    }
+        key = f"{case.name} {run.dtype} {run.threads}"
+        before = read(run.out)["searches"].get(key, {}).get("tried", {})
+        record = {
+            "case": case.name,
+            "dtype": run.dtype,
+            "threads": run.threads,
+            "machine": machine(),
+            "versions": versions(run.peer_python),
+            "date": time.strftime("%Y-%m-%d"),
+            "tried": {**before, name: tried[name]},
+        }
+        store(run.out, "searches", key, record)
+    return tried
 
 
 def best_settings(run: argparse.Namespace) -> dict[str, Any]:
@@ -377,10 +381,7 @@ def main() -> int:
         parser.error("--peer-python is needed; benches/make_peer_env.sh makes an environment")
     key = f"{run.workload} {run.dtype} {run.threads}"
     if run.search:
-        record = search(run)
-        before = read(run.out)["searches"].get(key, {}).get("tried", {})
-        record["tried"] = {**before, **record["tried"]}
-        store(run.out, "searches", key, record)
+        search(run)
         return 0
     record = compare(run)
     store(run.out, "runs", key, record)
