@@ -17,10 +17,10 @@ if not BENCHES.is_dir():
 
 sys.path.insert(0, str(BENCHES))
 
-import against_trl
-import equal_learning
-import speed_page
-from cases import CASES, work
+import against_trl  # noqa: E402
+import equal_learning  # noqa: E402
+import speed_page  # noqa: E402
+from cases import CASES, work  # noqa: E402
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
