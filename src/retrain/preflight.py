@@ -266,6 +266,11 @@ def advice(
         found.append(
             "top_p < 1 samples from a truncated policy; logprobs and the ratio describe the whole one."
         )
+    if config.inference.kv_cache_dtype == "fp8" and config.inference.engine == "pytorch":
+        found.append(
+            'inference.kv_cache_dtype = "fp8" rounds what the sampler remembers: it samples from a policy that differs a '
+            "little from the one that is trained. The ratio shows by how much; loss.tis_cap bounds its weight."
+        )
     seen = {key for t in tasks for key in _same_problem(config, t)}
     leaked = sum(not seen.isdisjoint(_same_problem(config, t)) for t in held_out)
     if leaked:

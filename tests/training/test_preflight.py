@@ -154,3 +154,10 @@ def test_another_adapter_to_begin_with_is_refused_while_the_first_is_there(tmp_p
 def test_no_adapter_stays_no_adapter():
     config = load({"data": {"source": "arithmetic"}}).config
     assert runner._anchored(config, None).lora.init_from == ""
+
+
+def test_an_eight_bit_cache_is_announced(make_config):
+    assert not said(make_config())
+    (line,) = said(make_config(inference={"kv_cache_dtype": "fp8"}))
+    assert "kv_cache_dtype" in line
+    assert "ratio" in line

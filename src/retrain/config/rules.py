@@ -197,8 +197,8 @@ def _engine(config: Config) -> Iterator[Problem]:
         ),
         (
             "kv_cache_dtype",
-            ("fp8", "int8"),
-            'it caches in the model\'s format; write "auto".',
+            ("int8",),
+            'it caches in the model\'s format or in fp8; write "auto".',
         ),
         ("attention_kernel", ("triton", "tk", "cutlass"), 'it has "default" and "flash".'),
     ]

@@ -250,13 +250,13 @@ class Inference(Section):
     engine: Name = Field(default="pytorch", description="The sampler: pytorch runs inside the process.")
     url: str = Field(default="", description="Server URL of engines other than pytorch.")
     attention_kernel: Literal["default", "flash", "triton", "tk", "cutlass"] = Field(
-        default="default", description="Attention: PyTorch picks the kernel; flash refuses to run where it cannot be FlashAttention."
+        default="default", description="Attention: PyTorch picks the kernel; flash refuses a device without FlashAttention."
     )
     dtype: Literal["auto", "bf16", "fp32", "fp8", "fp4"] = Field(
         default="auto", description="Number format of the model; auto: bf16 on CUDA, fp32 on the CPU."
     )
     kv_cache_dtype: Literal["auto", "bf16", "fp8", "int8"] = Field(
-        default="auto", description="Number format of the KV cache; auto: the model's."
+        default="auto", description="Number format of the KV cache; auto: the model's; fp8 holds twice the tokens."
     )
     prefix_caching: bool = Field(default=True, description="Compute a prompt once for all of its rollouts.")
     max_rows: Limit = Field(default=0, description="Rollouts sampled at once; 0: from the memory plan.")
