@@ -13,6 +13,10 @@ import torch
 
 _MEMORY_CLASSES_GB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 _CPU_BUDGET_GB = 8
+_CEILING_TOKENS = {"cuda": 16384, "cpu": 2048}
+"""Tokens of a microbatch past which products gain nothing: only memory would grow."""
+_ENOUGH_TOKENS = 4096
+"""Tokens of a microbatch that fill a CUDA device: where fewer fit, recomputing activations pays."""
 
 
 def _class_gb(device: torch.device) -> int:
@@ -34,8 +38,9 @@ class MemoryPlan:
     device's memory class, never of the memory free at the moment, so that a resumed run cuts the same pieces.
 
     ``kv_tokens``: cache entries of all rows sampled together, ``sample_rows`` their number;
-    ``microbatch_tokens``: padded tokens of one learner microbatch; ``head_tokens``: positions that pass the
-    output head at once; ``checkpointing``: recompute activations in the backward pass.
+    ``microbatch_tokens``: tokens of one learner microbatch, shared prompts counted once; ``head_tokens``: most positions
+    that pass the output head at once; ``checkpointing``: recompute activations in the backward pass. The cache is given
+    back before the learner runs, so each of the two may have what the other had.
     """
 
     kv_tokens: int
@@ -56,23 +61,34 @@ class MemoryPlan:
         room = max(gigabytes * 2**30 * 0.9 - weights, gigabytes * 2**30 * 0.1)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv_bytes = 2 * config.num_hidden_layers * heads * head_dim * size
-        # Appending to the cache copies one layer at a time, so twice the cache is the bound that always holds.
-        kv_tokens = int(room * 0.5 / (2 * kv_bytes))
+        cuda = device.type == "cuda"
+        hidden, layers = config.hidden_size, config.num_hidden_layers
+        kv_bytes = 2 * layers * heads * head_dim * size
+        # The arena grows one layer at a time, so beside the cache there is one layer's old half at most.
+        kv_tokens = int(room * (0.85 if cuda else 0.5) / (kv_bytes * (1 + 0.5 / layers)))
         # Drawing a token holds about six numbers per row and vocabulary entry, some of them 8 bytes wide.
         sample_rows = max(1, int(room * 0.1 / (config.vocab_size * 40)))
-        width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        layer_bytes = size * (14 * config.hidden_size + 5 * width)
-        kept_bytes = layer_bytes * config.num_hidden_layers
-        budget = room * 0.5
-        checkpointing = device.type == "cuda" and budget / kept_bytes < 4 * longest
-        tokens = (
-            (budget - layer_bytes * longest) / (size * config.hidden_size * config.num_hidden_layers)
-            if checkpointing
-            else budget / kept_bytes
-        )
-        head_tokens = max(16, min(8192, int(room * 0.05 / (config.vocab_size * 12))))
-        ceiling = 65536 if device.type == "cuda" else 8192  # a CPU gains nothing past its caches
+        layer_bytes = _layer_bytes(config, heads, head_dim, size, cuda)
+        kept_bytes = layer_bytes * layers
+        budget = room * 0.6
+        # Beside what all layers keep stand the gradients of the layer that the backward pass is in.
+        tokens = budget / (kept_bytes + layer_bytes)
+        checkpointing = cuda and tokens < max(longest, _ENOUGH_TOKENS)
+        if checkpointing:
+            tokens = budget / (size * hidden * layers + 2 * layer_bytes)
+        head_tokens = max(16, min(4096, int(room * 0.02 / (hidden * 16))))
+        ceiling = _CEILING_TOKENS["cuda" if cuda else "cpu"]
         return cls(
             kv_tokens, sample_rows, max(int(min(tokens, ceiling)), longest), head_tokens, checkpointing
         )
+
+
+def _layer_bytes(config: Any, kv_heads: int, head_dim: int, size: int, cuda: bool) -> float:
+    """What one layer keeps of a token for its backward pass: residual and normed inputs of both halves; queries, keys and
+    values before and after the rotation and once more padded; the attention's output twice; gate, up and their product."""
+    queries = config.num_attention_heads * head_dim
+    heads = queries + 2 * kv_heads * head_dim
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    # On the CPU attention runs in float32 whatever the model's format is.
+    attended = size if cuda else 4
+    return size * (4 * config.hidden_size + 2 * heads + queries + 3 * width) + attended * (heads + queries)

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -58,7 +59,12 @@ class LocalBackend:
         self._plan: MemoryPlan | None = None
         self._version = 0
         self._parameters = list(policy.adapter.values())
-        self._adam = torch.optim.AdamW(self._parameters, lr=0.0, foreach=policy.device.type == "cuda")
+        self._adam = torch.optim.AdamW(self._parameters, lr=0.0, fused=True)
+        self.timings = dict.fromkeys(
+            ("forward", "head", "backward", "optimizer", "trained_tokens", "packed_tokens"), 0.0
+        )
+        """Cumulative seconds of the learner's parts, sampled tokens trained on and tokens passed forward; the backward pass
+        includes what is recomputed in it."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -95,7 +101,8 @@ class LocalBackend:
         stats = self.gradient(batch)
         loss = stats["loss"]
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = float(torch.linalg.vector_norm(torch.stack([g.double().norm() for g in gradients])))
+        started = self._now()
+        norm = float(torch.nn.utils.get_total_norm(gradients))
         skipped = ""
         if loss is None or not math.isfinite(loss):
             skipped = f"the loss is {loss}"
@@ -104,8 +111,7 @@ class LocalBackend:
         clipped = not skipped and optim.grad_clip > 0 and norm > optim.grad_clip
         if not skipped:
             if clipped:
-                for g in gradients:
-                    g.mul_(optim.grad_clip / norm)
+                torch._foreach_mul_(gradients, optim.grad_clip / norm)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
             for group in self._adam.param_groups:
                 group.update(
                     lr=optim.lr,
@@ -116,6 +122,7 @@ class LocalBackend:
             self._adam.step()
             self._version += 1
         self._adam.zero_grad(set_to_none=True)
+        self.timings["optimizer"] += self._now() - started
 
         def known(name: str) -> float | None:
             value = stats[name]
@@ -144,16 +151,35 @@ class LocalBackend:
         if self._fixed.batch is not batch:
             self._fixed = _Fixed(batch, self._version)
         memory = self._memory(max(len(row.token_ids_T) for row in batch.rows))
-        plan = plan_microbatches(families(batch.rows), self._microbatch_tokens or memory.microbatch_tokens)
         weights = token_weights(batch, self._agg)
         losses: list[float] = []
         tallies: list[Tally] = []
-        for number, picked in enumerate(plan):
-            loss, tally = self._microbatch(batch, tuple(picked), weights, memory, self._noise_seed(number))
+        for number, (picked, trains) in enumerate(self._microbatches(batch, memory)):
+            loss, tally = self._microbatch(batch, picked, weights, memory, self._noise_seed(number), trains)
             losses.append(loss)
             tallies.append(tally)
         total = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
-        return {"loss": total, **summary(tallies), "microbatches": len(plan)}
+        return {"loss": total, **summary(tallies), "microbatches": len(losses)}
+
+    def _microbatches(self, batch: TrainBatch, memory: MemoryPlan) -> list[tuple[tuple[int, ...], bool]]:
+        """Row numbers of each microbatch, and whether it has a gradient: rows without any advantage (masked ones) are only
+        scored, for the ratio to the sampler, where no other term of the loss trains on them."""
+        limit = self._microbatch_tokens or memory.microbatch_tokens
+        rows = batch.rows
+        live = list(range(len(rows)))
+        if self._objective.needs_advantage:
+            live = [i for i in live if rows[i].advantages_T.any()] or live
+        rest = sorted(set(range(len(rows))).difference(live))
+        return [
+            (tuple(numbers[j] for j in picked), trains)
+            for numbers, trains in ((live, True), (rest, False))
+            for picked in plan_microbatches(families([rows[i] for i in numbers]), limit)
+        ]
+
+    def _now(self) -> float:
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize(self.policy.device)
+        return time.perf_counter()
 
     def _noise_seed(self, number: int) -> int:
         """Seed of the dropout in one microbatch of the coming update: a function of what a checkpoint holds."""
@@ -179,10 +205,12 @@ class LocalBackend:
         weights: Sequence[npt.NDArray[np.float64]],
         memory: MemoryPlan,
         noise_seed: int,
+        trains: bool,
     ) -> tuple[float, Tally]:
-        """Add one microbatch's gradient; its share of the loss, and what to report."""
+        """Add one microbatch's gradient if it ``trains``; its share of the loss, and what to report."""
         objective, policy, fixed = self._objective, self.policy, self._fixed
         piece = pack_rows([batch.rows[i] for i in picked], [weights[i] for i in picked], policy.device)
+        self.timings["trained_tokens"] += len(piece.targets_M)
         dropout = self._config.lora.dropout
         plain: torch.Tensor | None = None
         with torch.no_grad():
@@ -191,7 +219,7 @@ class LocalBackend:
             if objective.needs_base and picked not in fixed.base:
                 fixed.base[picked], _ = self._score(piece, batch.temperature, memory, kind="base")
         # The backward pass is inside: where activations are recomputed, the forward runs again there.
-        with policy.dropout(dropout, noise_seed):
+        with policy.dropout(dropout, noise_seed), torch.set_grad_enabled(trains):
             new, entropy = self._score(piece, batch.temperature, memory, entropy=objective.needs_entropy)
             plain = new.detach() if plain is None else plain
             if objective.needs_learner and picked not in fixed.learner:
@@ -210,7 +238,10 @@ class LocalBackend:
                     unmoved=self._version == fixed.version,
                 )
             )
-            loss.backward()
+            if trains:
+                started = self._now()
+                loss.backward()
+                self.timings["backward"] += self._now() - started
         return float(loss.detach()), tally
 
     def _score(
@@ -224,16 +255,22 @@ class LocalBackend:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logprobs (N,) of the sampled tokens, and with ``entropy`` the policy's entropies (N,) where they were drawn."""
         policy = self.policy
-        policy.model.train(memory.checkpointing and torch.is_grad_enabled())
-        try:
-            with policy.mode(kind):
-                hidden = policy.forward(piece.ids_N, piece.positions_N, piece.attend)
-        finally:
-            policy.model.eval()
+        started = self._now()
+        with policy.mode(kind):
+            hidden = policy.forward(piece.ids_N, piece.positions_N, piece.attend)
+        passed = self._now()
         states, targets = hidden.index_select(0, piece.before_M), piece.targets_M
+        entropies: torch.Tensor | None = None
         if entropy:
-            return policy.selected_logprobs_and_entropies(states, targets, temperature, memory.head_tokens)
-        return policy.selected_logprobs(states, targets, temperature, memory.head_tokens), None
+            values, entropies = policy.selected_logprobs_and_entropies(
+                states, targets, temperature, memory.head_tokens
+            )
+        else:
+            values = policy.selected_logprobs(states, targets, temperature, memory.head_tokens)
+        self.timings["forward"] += passed - started
+        self.timings["head"] += self._now() - passed
+        self.timings["packed_tokens"] += len(piece.ids_N)
+        return values, entropies
 
     def save(self, directory: Path) -> None:
         """Write ``adapter/``, ``optimizer.safetensors`` and ``learner.json``; OSError when that fails."""
@@ -280,7 +317,7 @@ class LocalBackend:
         for name, p in self.policy.adapter.items():
             if f"{name}.exp_avg" in tensors:
                 self._adam.state[p] = {
-                    "step": torch.tensor(facts["updates"], dtype=torch.float32),
+                    "step": torch.tensor(facts["updates"], dtype=torch.float32, device=p.device),
                     "exp_avg": tensors[f"{name}.exp_avg"].to(p.device),
                     "exp_avg_sq": tensors[f"{name}.exp_avg_sq"].to(p.device),
                 }

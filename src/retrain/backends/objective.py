@@ -63,6 +63,10 @@ class Objective:
         self.needs_learner = loss.kind != "importance_sampling"
         self.needs_base = loss.kl > 0
         self.needs_entropy = loss.entropy != 0
+        # Each of the package's losses is a multiple of the advantage; of a plug-in that is not known.
+        self.needs_advantage = not (
+            self.needs_base or self.needs_entropy or plugins.is_own("loss", loss.kind)
+        )
         if 0 < loss.dual_clip <= 1:
             raise ConfigError(
                 f"loss.dual_clip = {loss.dual_clip} is not above 1.", fix="3 is usual; 0 switches it off."
