@@ -12,6 +12,7 @@ import torch
 
 from retrain.backends import local
 from retrain.backends.loss import LossSettings, LossTokens, importance_sampling, token_weights
+from retrain.backends.objective import Objective
 from retrain.errors import ResumeError
 from retrain.types import OptimStep
 
@@ -217,3 +218,47 @@ def test_one_seed_is_one_adapter(make_config, random_model):
     made = [local.build(make_config(model={"model": model}, training={"seed": s}), None) for s in (3, 3, 4)]
     prints = [b.publish().fingerprint for b in made]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_masked_rows_are_scored_without_gradient_and_change_nothing(make_backend, make_batch):
+    """A row whose advantages are all 0 counts in the ratio, the loss and the tokens, and costs no backward pass."""
+    backend = make_backend()
+    batch = make_batch(backend=backend, rows=6)
+    masked = tuple(
+        replace(row, advantages_T=np.zeros_like(row.advantages_T)) if i < 2 else row
+        for i, row in enumerate(batch.rows)
+    )
+    kept = replace(batch, rows=masked)
+    stats, gradient = flat_gradient(backend, kept)
+    backend._objective.needs_advantage = False
+    before, expected = flat_gradient(backend, kept)
+    assert stats["microbatches"] == before["microbatches"] + 1
+    assert distance(gradient, expected) <= 1e-6
+    for name in ("loss", "ratio_mean", "ratio_min", "ratio_max", "approx_kl"):
+        assert abs(stats[name] - before[name]) < 1e-6, name
+    silent = replace(
+        batch, rows=tuple(replace(r, advantages_T=np.zeros_like(r.advantages_T)) for r in batch.rows)
+    )
+    backend._objective.needs_advantage = True
+    assert float(flat_gradient(backend, silent)[1].abs().max()) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("loss", "needs"), [({}, True), ({"kind": "gspo"}, True), ({"kl": 0.1}, False), ({"entropy": 0.1}, False)]
+)
+def test_only_a_loss_that_is_a_multiple_of_the_advantage_skips_masked_rows(make_config, loss, needs):
+    assert Objective(make_config(loss=loss).loss).needs_advantage is needs
+
+
+def test_the_parts_of_a_step_are_timed_and_their_tokens_counted(make_backend, make_batch):
+    backend = make_backend()
+    batch = make_batch(backend=backend)
+    backend.train_step(batch, OPTIM)
+    timings = dict(backend.timings)
+    assert set(timings) == {"forward", "head", "backward", "optimizer", "trained_tokens", "packed_tokens"}
+    assert all(value > 0 for value in timings.values())
+    assert timings["trained_tokens"] == sum(int(r.sampled_T.sum()) for r in batch.rows)
+    # The last token of a row needs no pass: nothing is drawn after it.
+    assert timings["packed_tokens"] == sum(len(r.token_ids_T) - 1 for r in batch.rows)
+    backend.train_step(batch, OPTIM)
+    assert backend.timings["trained_tokens"] == 2 * timings["trained_tokens"]
