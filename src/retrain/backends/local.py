@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from retrain.adapter import write_adapter
 from retrain.backends.loss import token_weights
 from retrain.backends.objective import Objective, Scored, Tally, summary
 from retrain.backends.packing import Packed, families, pack_rows, plan_microbatches
@@ -274,33 +275,44 @@ class LocalBackend:
 
     def save(self, directory: Path) -> None:
         """Write ``adapter/``, ``optimizer.safetensors`` and ``learner.json``; OSError when that fails."""
-        from safetensors import SafetensorError
+        self.snapshot()(directory)
 
-        try:
-            self._write(directory)
-        except SafetensorError as error:
-            # Its own type for a full disk; callers know OSError.
-            raise OSError(errno.EIO, str(error), str(directory)) from error
+    def snapshot(self) -> Callable[[Path], None]:
+        """What ``save`` would write now, copied to memory: the function returned writes it, from any thread."""
+        policy = self.policy
 
-    def _write(self, directory: Path) -> None:
-        from safetensors.torch import save_file
+        def copied(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.detach().to("cpu", copy=True).contiguous()
 
-        self.policy.save_adapter(directory / "adapter")
-        tensors: dict[str, torch.Tensor] = {}
+        adapter = {name: copied(p) for name, p in policy.adapter.items()}
+        moments: dict[str, torch.Tensor] = {}
         updates = 0.0
-        for name, p in self.policy.adapter.items():
+        for name, p in policy.adapter.items():
             state = self._adam.state.get(p)
             if state:
-                tensors[f"{name}.exp_avg"] = state["exp_avg"].detach().cpu().contiguous()
-                tensors[f"{name}.exp_avg_sq"] = state["exp_avg_sq"].detach().cpu().contiguous()
+                moments[f"{name}.exp_avg"] = copied(state["exp_avg"])
+                moments[f"{name}.exp_avg_sq"] = copied(state["exp_avg_sq"])
                 updates = float(state["step"])
-        save_file(tensors, directory / "optimizer.safetensors")
         facts = {
             "version": self._version,
             "updates": updates,
             "memory_plan": None if self._plan is None else astuple(self._plan),
         }
-        (directory / "learner.json").write_text(json.dumps(facts, sort_keys=True) + "\n", encoding="utf-8")
+
+        def write(directory: Path) -> None:
+            from safetensors import SafetensorError
+            from safetensors.torch import save_file
+
+            try:
+                write_adapter(directory / "adapter", adapter, policy.peft_config)
+                save_file(moments, directory / "optimizer.safetensors")
+            except SafetensorError as error:
+                # Its own type for a full disk; callers know OSError.
+                raise OSError(errno.EIO, str(error), str(directory)) from error
+            text = json.dumps(facts, sort_keys=True) + "\n"
+            (directory / "learner.json").write_text(text, encoding="utf-8")
+
+        return write
 
     def restore(self, directory: Path) -> None:
         """Read what ``save`` wrote; ResumeError when the files belong to another adapter."""
