@@ -11,7 +11,7 @@ import pytest
 
 from retrain.algorithms import credit
 from retrain.environments.single_turn import build as single_turn
-from retrain.errors import LearnerError, RewardError, RunError
+from retrain.errors import EngineError, LearnerError, RewardError, RunError
 from retrain.fakes import FakeBackend, FakeEngine, FakeRenderer, FakeReward, FakeSink, FakeTasks
 from retrain.tracking.run_log import RunLog
 from retrain.training.build import sampling_of
@@ -290,6 +290,152 @@ def test_an_evaluation_that_failed_is_made_up_for_on_resume(config, make_parts):
     assert parts.checkpoints.newest()[1]["step"] == 2
     assert train(short, parts, threading.Event()) == "done"
     assert [r["step"] for r in rows_of(run) if "eval/accuracy" in r] == [0, 2]
+
+
+class Copying(FakeBackend):
+    """Its checkpoints are written by a thread, and only once the next step has begun to sample."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.sampling = threading.Event()
+        self.overlapped = 0
+
+    def publish(self):
+        self.sampling.set()
+        return super().publish()
+
+    def snapshot(self):
+        frozen = FakeBackend(positions=1)
+        frozen.table, frozen.version = self.table.copy(), self.version
+        self.sampling.clear()
+
+        def write(directory):
+            self.overlapped += self.sampling.wait(0.5)
+            frozen.save(directory)
+
+        return write
+
+
+def test_checkpoints_are_written_while_the_next_step_samples(config, make_parts):
+    plain, run_a, _ = make_parts(config, directory="a")
+    train(config, plain, threading.Event())
+    behind, run_b, _ = make_parts(config, directory="b", backend=Copying(positions=1))
+    train(config, behind, threading.Event())
+    assert behind.backend.overlapped == 2  # after 10 and 20 steps; nothing follows the last one
+    assert sorted(p.name for p in (run_b / "checkpoints").iterdir()) == ["step_000020", "step_000030"]
+    for name in ("step_000020", "step_000030"):
+        for file in ("adapter/table.json", "state.json"):
+            a, b = (json.loads((run / "checkpoints" / name / file).read_text()) for run in (run_a, run_b))
+            if file == "state.json":
+                # Lines of metrics hold timings, whose digits differ.
+                a["log"]["bytes"].pop("metrics.jsonl"), b["log"]["bytes"].pop("metrics.jsonl")
+            assert a == b
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(config, make_parts):
+    class Full(FakeBackend):
+        def snapshot(self):
+            def write(directory):
+                raise OSError(28, "No space left on device", str(directory))
+
+            return write
+
+    parts, run, _ = make_parts(config, backend=Full(positions=1))
+    real = parts.checkpoints.save
+
+    def save(*arguments, **options):
+        real(*arguments, **options)
+        parts.checkpoints._writer.join(30)
+
+    parts.checkpoints.save = save
+    with pytest.raises(OSError, match="No space left"):
+        train(config, parts, threading.Event())
+    assert len(rows_of(run)) == 10
+
+
+def test_groups_are_scored_while_others_are_sampled(config, make_parts):
+    import asyncio
+
+    order = []
+    scored = asyncio.Event()
+
+    class Slow(FakeEngine):
+        """The last request of a step waits until a group has been scored."""
+
+        requests = 0
+
+        async def generate(self, prompt_ids, n, sampling):
+            self.requests += 1
+            if self.requests % 4 == 0:
+                await asyncio.wait_for(scored.wait(), 30)
+                scored.clear()
+                order.append("sampled")
+            return await super().generate(prompt_ids, n, sampling)
+
+    class Noting(FakeReward):
+        async def score(self, task, rollouts_G):
+            order.append("scored")
+            scored.set()
+            return await super().score(task, rollouts_G)
+
+    short = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 2})})
+    plain, run_a, _ = make_parts(short, directory="a")
+    train(short, plain, threading.Event())
+    parts, run_b, _ = make_parts(short, directory="b", engine=Slow(), reward=Noting())
+    train(short, parts, threading.Event())
+    assert order.index("scored") < order.index("sampled")
+    np.testing.assert_array_equal(plain.backend.table, parts.backend.table)
+    tasks = [(run / "emergence/steps.jsonl").read_text() for run in (run_a, run_b)]
+    assert tasks[0] == tasks[1]
+
+
+def test_sampling_that_breaks_gives_up_on_scores_and_is_the_error(config, make_parts):
+    import asyncio
+
+    given_up = threading.Event()
+
+    class Dying(FakeEngine):
+        requests = 0
+
+        async def generate(self, prompt_ids, n, sampling):
+            self.requests += 1
+            if self.requests == 4:
+                await asyncio.sleep(0.1)
+                raise EngineError("the engine died")
+            return await super().generate(prompt_ids, n, sampling)
+
+    class Hanging(FakeReward):
+        async def score(self, task, rollouts_G):
+            try:
+                await asyncio.sleep(60)
+            finally:
+                given_up.set()
+
+    parts, _, _ = make_parts(config, engine=Dying(), reward=Hanging())
+    with pytest.raises(EngineError, match="the engine died"):
+        train(config, parts, threading.Event())
+    assert given_up.wait(10)
+
+
+def test_a_broken_reward_is_judged_when_all_rollouts_are_there(config, make_parts):
+    class Counting(FakeEngine):
+        requests = 0
+
+        async def generate(self, prompt_ids, n, sampling):
+            import asyncio
+
+            await asyncio.sleep(0.02 * self.requests)
+            self.requests += 1
+            return await super().generate(prompt_ids, n, sampling)
+
+    class Broken(FakeReward):
+        async def score(self, task, rollouts_G):
+            return [Score.failed("always") for _ in rollouts_G]
+
+    parts, _, _ = make_parts(config, engine=Counting(), reward=Broken())
+    with pytest.raises(RewardError, match=r"\d+ of 64 rewards of this step failed"):
+        train(config, parts, threading.Event())
+    assert parts.engine.requests == 4
 
 
 def test_fakes_resume_to_the_same_bytes(config, make_parts):

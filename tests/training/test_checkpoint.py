@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,32 @@ from retrain.fakes import FakeBackend
 from retrain.training.checkpoint import Checkpoints, damage
 
 
+class Copying(FakeBackend):
+    """A fake that is written from a copy, by a thread; ``gate`` holds the writer back."""
+
+    def __init__(self, *, gate=None, broken="", **options):
+        super().__init__(**options)
+        self.gate, self.broken, self.writers = gate, broken, []
+
+    def snapshot(self):
+        frozen = FakeBackend()
+        frozen.table, frozen.version = self.table.copy(), self.version
+
+        def write(directory):
+            self.writers.append(threading.current_thread())
+            if self.gate is not None:
+                assert self.gate.wait(30)
+            if self.broken:
+                raise OSError(errno.ENOSPC, self.broken)
+            frozen.save(directory)
+
+        return write
+
+
 def save(run, step, accuracy=None, keep=3):
-    Checkpoints(run, keep=keep).save(step, FakeBackend(seed=step), {"value": step}, accuracy=accuracy, selected_on="x")
+    Checkpoints(run, keep=keep).save(
+        step, FakeBackend(seed=step), {"value": step}, accuracy=accuracy, selected_on="x"
+    )
 
 
 DYING = """
@@ -43,18 +69,28 @@ Path.write_text = counted(Path.write_text)
 Path.mkdir = counted(Path.mkdir)
 import shutil
 shutil.rmtree = counted(shutil.rmtree)
-Checkpoints(Path(sys.argv[1]), keep=1).save(2, FakeBackend(seed=2), {"value": 2}, accuracy=None, selected_on="")
+
+class Copying(FakeBackend):
+    def snapshot(self):
+        return self.save
+
+backend = (Copying if sys.argv[3] == "behind" else FakeBackend)(seed=2)
+with Checkpoints(Path(sys.argv[1]), keep=1) as checkpoints:
+    checkpoints.save(2, backend, {"value": 2}, accuracy=None, selected_on="")
 """
 
 
-def test_a_kill_at_every_write_point_leaves_a_whole_checkpoint(tmp_path):
+@pytest.mark.parametrize("how", ["before", "behind"])
+def test_a_kill_at_every_write_point_leaves_a_whole_checkpoint(tmp_path, how):
     script = tmp_path / "dying.py"
     script.write_text(DYING)
     outcomes = []
     for limit in range(60):
         run = tmp_path / f"run{limit}"
         save(run, 1)
-        done = subprocess.run([sys.executable, str(script), str(run), str(limit)], check=False, env={**os.environ})
+        done = subprocess.run(
+            [sys.executable, str(script), str(run), str(limit), how], check=False, env={**os.environ}
+        )
         path, state = Checkpoints(run, keep=1).newest()
         assert state["value"] == state["step"] == int(path.name[-6:])
         assert damage(path) == ""
@@ -119,3 +155,75 @@ def test_leftovers_of_dead_writers_are_removed_on_resume(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=3)
     checkpoints.discard_after(1)
     assert sorted(p.name for p in Path(tmp_path / "checkpoints").iterdir()) == ["step_000001"]
+
+
+def test_a_checkpoint_written_behind_the_run_holds_what_was_and_counts_when_complete(tmp_path):
+    gate = threading.Event()
+    backend = Copying(seed=1, gate=gate)
+    state = {"value": 1, "inner": {"list": [1]}}
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, backend, state, accuracy=None, selected_on="")
+        # What the run does next changes nothing of it.
+        kept, backend.table = backend.table, backend.table + 1.0
+        state["inner"]["list"].append(2)
+        checkpoints.check()
+        with pytest.raises(ResumeError, match="no intact checkpoint"):
+            Checkpoints(tmp_path, keep=3).newest()
+        assert not (tmp_path / "trainer_state.json").exists()
+        gate.set()
+    assert backend.writers[0] is not threading.current_thread()
+    path, stored = Checkpoints(tmp_path, keep=3).newest()
+    assert stored["inner"] == {"list": [1]}
+    backend.restore(path)
+    assert (backend.table == kept).all()
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["step"] == 1
+
+
+def test_one_checkpoint_is_in_flight_at_most(tmp_path):
+    gate = threading.Event()
+    backend = Copying(gate=gate)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, backend, {}, accuracy=None, selected_on="")
+        second = threading.Thread(
+            target=checkpoints.save, args=(2, backend, {}), kwargs={"accuracy": None, "selected_on": ""}
+        )
+        second.start()
+        second.join(0.2)
+        assert second.is_alive()
+        assert len(backend.writers) <= 1
+        gate.set()
+        second.join(30)
+        assert not second.is_alive()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
+
+
+@pytest.mark.parametrize("asked", ["check", "wait", "save", "end"])
+def test_a_checkpoint_that_cannot_be_written_is_an_error_wherever_one_asks(tmp_path, asked):
+    backend = Copying(broken="no room")
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints.save(1, backend, {}, accuracy=None, selected_on="")
+
+    def end():
+        with checkpoints:
+            pass
+
+    def save_another():
+        checkpoints.save(2, backend, {}, accuracy=None, selected_on="")
+
+    checkpoints._writer.join(30)
+    with pytest.raises(OSError, match="no room"):
+        {"check": checkpoints.check, "wait": checkpoints.wait, "save": save_another, "end": end}[asked]()
+    checkpoints.wait()  # said once
+
+
+def test_the_first_error_is_the_one_that_is_raised(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+
+    def run():
+        with checkpoints:
+            checkpoints.save(1, Copying(broken="no room"), {}, accuracy=None, selected_on="")
+            raise ValueError("the step broke")
+
+    with pytest.raises(ValueError, match="the step broke"):
+        run()
+    assert "no room" in caplog.text

@@ -1,6 +1,8 @@
 """Checkpoints: a directory renamed into place with its manifest written last, so that a torn one is never read.
 
-Leaves out what goes inside: the backend writes its files, the loop hands over one state mapping.
+Leaves out what goes inside: the backend writes its files, the loop hands over one state mapping. A backend that can
+copy itself in memory (``snapshot``) is written by a thread while the run goes on; the checkpoint counts when its last
+byte is on disk.
 """
 
 from __future__ import annotations
@@ -10,7 +12,10 @@ import json
 import logging
 import os
 import shutil
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from retrain.errors import ResumeError
@@ -37,28 +42,44 @@ def _sync(path: Path) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; the newest ``keep`` and the best evaluated one stay."""
+    """The checkpoints of one run directory; the newest ``keep`` and the best evaluated one stay.
+
+    As a context it waits at its end for a checkpoint that is still being written.
+    """
 
     def __init__(self, run_dir: Path, *, keep: int) -> None:
         self._run = run_dir
         self._root = run_dir / layout.CHECKPOINTS
         self._keep = keep
         self._best: dict[str, Any] | None = None
+        self._writer: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except Exception as failure:
+            if error is None:
+                raise
+            # The first error is the one to show.
+            log.warning("A checkpoint could not be written: %s", failure)
 
     def save(
         self, step: int, backend: Backend, state: State, *, accuracy: float | None, selected_on: str
-    ) -> Path:
+    ) -> None:
         """Write the checkpoint of ``step`` completed steps and point ``trainer_state.json`` at it.
 
         ``accuracy`` is this step's evaluation if there was one; the highest so far is kept as "best", with a
-        note that this selects on evaluation data.
+        note that this selects on evaluation data. Returns when everything that may change is copied, or, for a
+        backend without ``snapshot``, when all is written. The checkpoint before this one is waited for.
         """
-        self._root.mkdir(parents=True, exist_ok=True)
+        self.wait()
         name = layout.checkpoint_name(step)
-        temporary = self._root / f".{name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        backend.save(temporary)
         best = self._best
         if accuracy is not None and (best is None or accuracy > best["accuracy"]):
             best = {
@@ -67,11 +88,48 @@ class Checkpoints:
                 "note": f"selected on evaluation data ({selected_on})",
             }
         self._best = best
-        (temporary / layout.STATE).write_text(
+        text = (
             json.dumps({"format": FORMAT, "step": step, "best": best, **state}, indent=1, sort_keys=True)
-            + "\n",
-            encoding="utf-8",
+            + "\n"
         )
+        snapshot: Callable[[], Callable[[Path], None]] | None = getattr(backend, "snapshot", None)
+        if snapshot is None:
+            self._write(step, backend.save, text, best)
+            return
+        self._writer = threading.Thread(
+            target=self._guarded, args=(step, snapshot(), text, best), name="retrain-checkpoint"
+        )
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint in flight is complete; raises what kept it from becoming so."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise what kept the checkpoint in flight from completion, if that is known by now."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _guarded(self, *arguments: Any) -> None:
+        try:
+            self._write(*arguments)
+        except Exception as error:  # noqa: BLE001 - raised again by the thread that waits
+            self._failure = error
+
+    def _write(
+        self, step: int, write: Callable[[Path], None], state: str, best: Mapping[str, Any] | None
+    ) -> None:
+        self._root.mkdir(parents=True, exist_ok=True)
+        name = layout.checkpoint_name(step)
+        temporary = self._root / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write(temporary)
+        (temporary / layout.STATE).write_text(state, encoding="utf-8")
         files = {}
         for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
             _sync(path)
@@ -90,14 +148,12 @@ class Checkpoints:
         _sync(self._root)
         pointer = {"format": FORMAT, "step": step, "checkpoint": f"{layout.CHECKPOINTS}/{name}", "best": best}
         write_atomically(self._run / layout.TRAINER_STATE, json.dumps(pointer, indent=2) + "\n")
-        self._prune()
-        return final
+        self._prune(best["checkpoint"] if best else "")
 
-    def _prune(self) -> None:
+    def _prune(self, best: str) -> None:
         found = sorted(
             (s, p) for p in self._root.iterdir() if (s := layout.checkpoint_step(p.name)) is not None
         )
-        best = self._best["checkpoint"] if self._best else ""
         for _, path in found[: -self._keep]:
             if path.name != best:
                 shutil.rmtree(path)

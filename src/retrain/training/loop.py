@@ -73,11 +73,17 @@ def train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done"
 
     A RetrainError leaves a checkpoint of the last completed step behind before it is raised.
     """
+    with parts.checkpoints:
+        return _train(config, parts, stop)
+
+
+def _train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done", "interrupted"]:
     counters, training = parts.counters, config.training
     saved_at = counters.step if counters.step else -1
     if counters.evaluated_at < counters.step and _evaluation_due(config, parts):
         _evaluate(config, parts)
     while counters.step < training.max_steps and not stop.is_set():
+        parts.checkpoints.check()
         before = _state(parts)
         accuracy = None
         try:

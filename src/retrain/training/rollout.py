@@ -1,4 +1,8 @@
-"""From tasks to scored groups: the one event loop of a run, and the two phases that run on it under a deadline."""
+"""From tasks to scored groups: the one event loop of a run, and the two phases that run on it under a deadline.
+
+Each group is scored as soon as its own rollouts are there, while others are still sampled; what a reward's failures
+mean is decided when all are, as if scoring had begun only then.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -67,7 +71,7 @@ class EventLoop:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """The scored groups of one step and how long each phase took, in seconds."""
+    """The scored groups of one step; how many seconds sampling took, and how many more scoring added after it."""
 
     groups_P: tuple[ScoredGroup, ...]
     sample_time_s: float
@@ -81,20 +85,27 @@ class Collected:
 
 
 async def sample(
-    tasks_P: Sequence[Task], n: int, environment: Environment, engine: Engine, sampling: Sampling
+    tasks_P: Sequence[Task],
+    n: int,
+    environment: Environment,
+    engine: Engine,
+    sampling: Sampling,
+    done: Callable[[int, list[Rollout]], None],
 ) -> list[list[Rollout]]:
-    """``n`` attempts at every task; the noise of task p is keyed by its draw number."""
+    """``n`` attempts at every task; the noise of task p is keyed by its draw number. ``done(p, rollouts)`` is called
+    as soon as those of task p are there."""
 
-    async def attempt(task: Task) -> list[Rollout]:
+    async def attempt(p: int, task: Task) -> list[Rollout]:
         noise = replace(sampling.noise, task=task.draw)
         rollouts = await environment.attempt(task, n, engine, replace(sampling, noise=noise))
         if len(rollouts) != n:
             raise EngineError(
                 f"the environment returned {len(rollouts)} attempts at {task.id!r} instead of {n}."
             )
+        done(p, rollouts)
         return rollouts
 
-    return list(await asyncio.gather(*(attempt(t) for t in tasks_P)))
+    return list(await asyncio.gather(*(attempt(p, t) for p, t in enumerate(tasks_P))))
 
 
 class RewardErrors:
@@ -128,26 +139,48 @@ class RewardErrors:
             )
 
 
-async def score(
-    tasks_P: Sequence[Task], rollouts_P_G: Sequence[Sequence[Rollout]], reward: Reward, errors: RewardErrors
-) -> list[list[Score]]:
-    """Every group's scores, in order, whatever order they complete in; RewardError as ``errors`` decides."""
-    errors.expect(sum(r.stop != "error" for rollouts in rollouts_P_G for r in rollouts))
+class Scoring:
+    """The scores of a step's groups: each is computed from ``begin`` on, and judged in ``results``."""
 
-    async def one(task: Task, rollouts: Sequence[Rollout]) -> list[Score]:
-        scores = await reward.score(task, rollouts)
+    def __init__(self, tasks_P: Sequence[Task], reward: Reward, errors: RewardErrors) -> None:
+        self._tasks_P = tasks_P
+        self._reward = reward
+        self._errors = errors
+        self._running: dict[int, asyncio.Task[list[Score]]] = {}
+
+    def begin(self, p: int, rollouts: list[Rollout]) -> None:
+        """Start to score task p's rollouts; called on the event loop."""
+        self._running[p] = asyncio.create_task(self._score(self._tasks_P[p], rollouts))
+        # Asked for its exception in any case: where sampling breaks, nobody waits for the scores.
+        self._running[p].add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def _score(self, task: Task, rollouts: Sequence[Rollout]) -> list[Score]:
+        scores = await self._reward.score(task, rollouts)
         if len(scores) != len(rollouts):
             raise RewardError(f"the reward returned {len(scores)} scores for {len(rollouts)} rollouts.")
-        pairs = zip(rollouts, scores, strict=True)
-        errors.add([s.error for r, s in pairs if s.error and r.stop != "error"], reward)
         return scores
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            running = [group.create_task(one(t, r)) for t, r in zip(tasks_P, rollouts_P_G, strict=True)]
-    except* RewardError as raised:
-        raise raised.exceptions[0] from None
-    return [task.result() for task in running]
+    async def results(self, rollouts_P_G: Sequence[Sequence[Rollout]]) -> list[list[Score]]:
+        """Every group's scores, in order, whatever order they complete in; RewardError as ``errors`` decides."""
+        self._errors.expect(sum(r.stop != "error" for rollouts in rollouts_P_G for r in rollouts))
+
+        async def one(p: int) -> list[Score]:
+            scores = await self._running[p]
+            pairs = zip(rollouts_P_G[p], scores, strict=True)
+            self._errors.add([s.error for r, s in pairs if s.error and r.stop != "error"], self._reward)
+            return scores
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                waiting = [group.create_task(one(p)) for p in range(len(rollouts_P_G))]
+        except* RewardError as raised:
+            raise raised.exceptions[0] from None
+        return [task.result() for task in waiting]
+
+    async def stop(self) -> None:
+        """Give up what is still being scored."""
+        for task in self._running.values():
+            task.cancel()
 
 
 def collect(
@@ -167,15 +200,18 @@ def collect(
     """Sample and score ``n`` attempts at each task under the noise of (seed, step)."""
     started = time.perf_counter()
     keyed = replace(sampling, noise=NoiseKey(seed=seed, step=step, task=0))
-    rollouts = loop.run(
-        sample(tasks_P, n, environment, engine, keyed), phase="sampling", deadline_s=deadline_s
-    )
+    scoring = Scoring(tasks_P, reward, errors)
+    try:
+        rollouts = loop.run(
+            sample(tasks_P, n, environment, engine, keyed, scoring.begin),
+            phase="sampling",
+            deadline_s=deadline_s,
+        )
+    except BaseException:
+        loop.run(scoring.stop(), phase="scoring", deadline_s=deadline_s)
+        raise
     sampled = time.perf_counter()
-    scores = loop.run(
-        score(tasks_P, rollouts, reward, errors),
-        phase="scoring",
-        deadline_s=deadline_s,
-    )
+    scores = loop.run(scoring.results(rollouts), phase="scoring", deadline_s=deadline_s)
     groups = tuple(
         ScoredGroup(t, tuple(r), tuple(s)) for t, r, s in zip(tasks_P, rollouts, scores, strict=True)
     )
