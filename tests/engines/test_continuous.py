@@ -106,7 +106,9 @@ def talk(engine, count=5, turns=3, **how):
     prompts = [rng.integers(2, 250, 20 + 3 * i).tolist() for i in range(count)]
 
     async def go():
-        return await asyncio.gather(*(conversation(engine, p, turns, i, **how) for i, p in enumerate(prompts)))
+        return await asyncio.gather(
+            *(conversation(engine, p, turns, i, **how) for i, p in enumerate(prompts))
+        )
 
     return [c for row in asyncio.run(go()) for c in row]
 
@@ -146,7 +148,9 @@ def test_a_request_joins_while_others_are_sampled(fresh):
 
     async def ask(name, tokens, then=None):
         await engine.generate(
-            np.array([5, 9, 30], np.int32), 1, sampling(max_tokens=tokens, stop_ids=(), noise=NoiseKey(7, 3, tokens))
+            np.array([5, 9, 30], np.int32),
+            1,
+            sampling(max_tokens=tokens, stop_ids=(), noise=NoiseKey(7, 3, tokens)),
         )
         order.append(name)
         if then:
@@ -263,7 +267,9 @@ def test_two_runs_of_conversations_are_byte_equal(fresh):
     runs = [talk(fresh(plan=replace(PLAN, kv_tokens=6 * 128)), count=9) for _ in range(3)]
     first = [(c.token_ids_T.tobytes(), c.logprobs_T.tobytes(), c.entropies_T.tobytes()) for c in runs[0]]
     for run in runs[1:]:
-        assert first == [(c.token_ids_T.tobytes(), c.logprobs_T.tobytes(), c.entropies_T.tobytes()) for c in run]
+        assert first == [
+            (c.token_ids_T.tobytes(), c.logprobs_T.tobytes(), c.entropies_T.tobytes()) for c in run
+        ]
 
 
 def test_what_a_batch_is_made_of_does_not_depend_on_when_turns_of_the_loop_come(fresh):
@@ -295,7 +301,10 @@ def test_an_error_reaches_every_request_and_the_engine_goes_on(fresh):
     engine = fresh()
 
     async def go():
-        good = [engine.generate(np.array([5, 9], np.int32), 2, sampling(noise=NoiseKey(7, 3, i))) for i in range(3)]
+        good = [
+            engine.generate(np.array([5, 9], np.int32), 2, sampling(noise=NoiseKey(7, 3, i)))
+            for i in range(3)
+        ]
         bad = engine.generate(np.array([10**6], np.int32), 1, sampling())
         return await asyncio.gather(*good, bad, return_exceptions=True)
 
@@ -330,7 +339,9 @@ def test_weights_are_not_changed_under_rows_that_are_being_sampled(fresh, backen
     monkeypatch.setattr(torch_engine, "_BUSY_S", 0.05)
 
     async def go():
-        task = asyncio.ensure_future(engine.generate(np.array([5, 9], np.int32), 2, sampling(max_tokens=2000, stop_ids=())))
+        task = asyncio.ensure_future(
+            engine.generate(np.array([5, 9], np.int32), 2, sampling(max_tokens=2000, stop_ids=()))
+        )
         await asyncio.sleep(0.1)
         with pytest.raises(EngineError, match="while the engine was sampling"):
             engine.load(backend.publish())
@@ -343,7 +354,9 @@ def test_closing_fails_what_is_being_sampled(fresh):
     engine = fresh()
 
     async def go():
-        task = asyncio.ensure_future(engine.generate(np.array([5, 9], np.int32), 1, sampling(max_tokens=3000, stop_ids=())))
+        task = asyncio.ensure_future(
+            engine.generate(np.array([5, 9], np.int32), 1, sampling(max_tokens=3000, stop_ids=()))
+        )
         await asyncio.sleep(0.1)
         engine.close()
         with pytest.raises(EngineError, match="closed"):

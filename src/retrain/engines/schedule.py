@@ -55,8 +55,6 @@ class Request:
 class _Row:
     request: Request
     member: int
-    tokens: IntArray  # max_tokens, filled up to count
-    count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +128,11 @@ class Batch:
         self._open: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
         self._rows: list[_Row] = []
+        # Of every row: where its next token stands, how many were drawn, and which.
         self._positions = np.zeros(0, dtype=np.int64)
+        self._counts = np.zeros(0, dtype=np.int64)
+        self._tokens = np.zeros((0, 0), dtype=np.int32)
+        self._texts = False
         self._traits: _Traits | None = None
         self.ended = 0
         """Rows that have ended so far."""
@@ -203,36 +205,36 @@ class Batch:
 
     def _record(self, first: int, ids: np.ndarray, ended: np.ndarray) -> list[Request]:
         """Take down what rows from ``first`` on have drawn, let those that end leave; the requests this finished."""
-        rows = self._rows[first : first + len(ids)]
-        for row, token in zip(rows, ids.tolist(), strict=True):
-            row.tokens[row.count] = token
-            row.count += 1
+        end = first + len(ids)
+        self._tokens[np.arange(first, end), self._counts[first:end]] = ids
+        self._counts[first:end] += 1
         stops: dict[int, bool] = {first + int(i): True for i in np.flatnonzero(ended)}
-        for i, row in enumerate(rows):
-            texts = row.request.sampling.stop
-            if texts and self._stopped(row.tokens[: row.count], texts):
-                stops[first + i] = False
+        if self._texts:
+            for i in range(first, end):
+                texts = self._rows[i].request.sampling.stop
+                if texts and self._stopped(self._tokens[i, : self._counts[i]], texts):
+                    stops[i] = False
         if not stops:
             return []
         leaving = sorted(stops)
-        longest = max(self._rows[i].count for i in leaving)
+        longest = int(self._counts[leaving].max())
         entropy = any(self._rows[i].request.sampling.want_entropy for i in leaving)
         logprobs, entropies = self._lanes.drawn(leaving, longest, entropy)
         finished: list[Request] = []
         for at, i in enumerate(leaving):
             row, by_id = self._rows[i], stops[i]
-            request, sampling, n = row.request, row.request.sampling, row.count
-            last = int(row.tokens[n - 1])
+            request, sampling, n = row.request, row.request.sampling, int(self._counts[i])
+            last = int(self._tokens[i, n - 1])
             cut = by_id and last not in sampling.stop_ids
             request.done[row.member] = Completion(
-                row.tokens[:n].copy(),
+                self._tokens[i, :n].copy(),
                 logprobs[at, :n].copy(),
                 entropies[at, :n].copy() if entropies is not None and sampling.want_entropy else None,
                 "length" if cut else "stop",
                 self._version,
             )
             if sampling.extended and self._share:
-                self._park(i, row)
+                self._park(i, row, n)
             if len(request.done) == request.n:
                 finished.append(self._open.pop(id(request)))
         self.ended += len(leaving)
@@ -255,16 +257,17 @@ class Batch:
         if targets:
             self._arena.move(sources, targets, int(self._positions[sources].max()))
             self._lanes.move(sources, targets)
-            self._positions[targets] = self._positions[sources]
+            for array in (self._positions, self._counts, self._tokens):
+                array[targets] = array[sources]
             for source, target in zip(sources, targets, strict=True):
                 self._rows[target] = self._rows[source]
         del self._rows[live:]
         self._lanes.vacate(live)
         self._traits = None
 
-    def _park(self, i: int, row: _Row) -> None:
+    def _park(self, i: int, row: _Row, count: int) -> None:
         """Keep the row's keys and values, of all tokens but the last, whose were never computed."""
-        held = np.concatenate([row.request.prompt_ids, row.tokens[: row.count - 1]]).astype(np.int32)
+        held = np.concatenate([row.request.prompt_ids, self._tokens[i, : count - 1]]).astype(np.int32)
         others = [r for j, r in enumerate(self._rows) if j != i]
         reserved = len(others) * _rounded(max((r.request.longest for r in others), default=0))
         if len(held) <= self._limits.kv_tokens - reserved:
@@ -273,15 +276,18 @@ class Batch:
 
     def _forget_cancelled(self) -> None:
         """Nobody waits for these any more: a deadline, or a caller that went away."""
-        if any(r.future.done() for r in self._waiting):
-            self._waiting = deque(r for r in self._waiting if not r.future.done())
+        if not any(r.future.done() for r in self._open.values()):
+            return
         self._open = {i: r for i, r in self._open.items() if not r.future.done()}
+        self._waiting = deque(r for r in self._waiting if not r.future.done())
         leaving = [i for i, row in enumerate(self._rows) if row.request.future.done()]
         if leaving:
             self._leave(leaving)
 
     def _admit(self) -> list[Request]:
         """Let members of waiting requests join while there is room, compute their prompts and draw their first tokens."""
+        if not self._waiting:
+            return []
         new: list[_Row] = []
         longest = max((row.request.longest for row in self._rows), default=0)
         while self._waiting:
@@ -292,8 +298,7 @@ class Batch:
                 break
             room, longest = max(room, 1), needed
             for member in range(request.admitted, request.admitted + room):
-                tokens = np.zeros(request.sampling.max_tokens, dtype=np.int32)
-                new.append(_Row(request, member, tokens))
+                new.append(_Row(request, member))
             request.admitted += room
             if request.admitted == request.n:
                 self._waiting.popleft()
@@ -328,10 +333,6 @@ class Batch:
         held = int(self._positions[:live].max()) if live else 0
         rows = row_bucket(rows) if self._static else rows
         self._arena.resize(rows, capacity, live, held)
-        if len(self._positions) < rows:
-            self._positions = np.concatenate(
-                [self._positions, np.zeros(rows - len(self._positions), np.int64)]
-            )
 
     def _prefill(self, first: int, new: Sequence[_Row]) -> tuple[torch.Tensor, list[int]]:
         """Compute the new rows' prompts; last hidden states, and which of them each new row has."""
@@ -401,6 +402,13 @@ class Batch:
             lanes = self._lanes
             rows = max(row_bucket(total) if self._static else total, lanes.rows)
             lanes.resize(rows, max(length, lanes.length), max(stops, lanes.stops), first)
+            self._positions, self._counts = (
+                np.concatenate([a[:first], np.zeros(rows - first, np.int64)])
+                for a in (self._positions, self._counts)
+            )
+            grown = np.zeros((rows, lanes.length), np.int32)
+            grown[:first, : self._tokens.shape[1]] = self._tokens[:first]
+            self._tokens = grown
         noise = [
             uniforms(replace(s.noise, member=s.noise.member + row.member), 1, s.max_tokens)[0]
             for row, s in zip(new, samplings, strict=True)
@@ -408,7 +416,9 @@ class Batch:
         lengths = [len(row.request.prompt_ids) for row in new]
         self._lanes.put(first, samplings, lengths, noise)
         self._positions[first:total] = lengths
+        self._counts[first:total] = 0
         self._rows.extend(new)
+        self._texts = any(row.request.sampling.stop for row in self._rows)
         self._traits = None
         traits = _Traits.of(new, self._positions[first:total])
         logits = self._policy.head.logits(hidden)
