@@ -26,6 +26,8 @@ _WIDE = 16_384
 """From this vocabulary the CPU goes row by row: a row stays in its cache from the first pass to the last."""
 _TILE = 8 * _BLOCK
 """Tokens that one product with the head makes: at 32 rows a tile stays in a core's second cache."""
+_SKINNY = 48
+"""Up to this many rows the product is the faster for running as weight times hidden states, and the tiles fit."""
 _LEAST, _MOST = 1e-18, 1 - 2.0**-53
 """Bounds of a uniform. Uniforms come in steps of 2**-53 (1.1e-16), so the lower one moves only an exact 0, past
 tokens whose mass a float32 cannot hold."""
@@ -107,12 +109,13 @@ def draw_from_hidden(
 ) -> Drawn:
     """``draw`` from final hidden states, the head's product included; logits must be finite.
 
-    At large vocabularies on the CPU the product runs as weight times hidden states, tile by tile: the skinny
-    product is a third faster that way round, and what a tile needs is done while it is in the cache. A row's
-    logits then do not depend on the number of rows either.
+    For few rows and a large vocabulary on the CPU the product runs as weight times hidden states, tile by tile:
+    the skinny product is a third faster that way round, and what a tile needs is done while it is in the cache.
+    On one thread a row's logits then do not depend on the number of rows either.
     """
-    weight_VH = head.dense
-    if hidden_BH.device.type != "cpu" or len(weight_VH) < _WIDE or weight_VH.dtype != torch.float32:
+    weight_VH, rows = head.dense, len(hidden_BH)
+    tiled = hidden_BH.device.type == "cpu" and len(weight_VH) >= _WIDE and rows <= _SKINNY
+    if not tiled or weight_VH.dtype != torch.float32:
         return draw(head.logits(hidden_BH), temperature_B, top_p_B, uniform_B, entropy)
     return _finish(_by_tiles(hidden_BH, head, temperature_B, entropy), top_p_B, uniform_B, True)
 
