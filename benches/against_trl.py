@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from cases import CASES, ROOT, Case, model_folder, work  # noqa: E402
+from cases import CASES, ROOT, Case, Work, model_folder, work  # noqa: E402
 
 RESULTS = HERE / "results" / "against_trl.json"
 PAGE = ROOT / "docs" / "speed.md"
@@ -168,7 +168,10 @@ def compare(run: argparse.Namespace) -> dict[str, Any]:
         ours = start("retrain", run.python, "our_step.py", case, json.loads(run.our_settings), run)
         others = Others()
         for number in range(run.warmup + run.pairs):
-            message = {"work": work(case, number).to_json(), "reset_peak": number == run.warmup}
+            message = {
+                "work": step_work(case, number, run.warmup).to_json(),
+                "reset_peak": number == run.warmup,
+            }
             for side in (theirs, ours) if number % 2 == 0 else (ours, theirs):
                 took = side.step(message)
                 others.own += took["cpu_s"]
@@ -200,6 +203,14 @@ def compare(run: argparse.Namespace) -> dict[str, Any]:
     }
     record["ratios"] = ratios(record)
     return record
+
+
+def step_work(case: Case, number: int, warmup: int) -> Work:
+    """The work of one step; warm-up steps have short completions, which load and compile the same things."""
+    made = work(case, number)
+    if number >= warmup:
+        return made
+    return replace(made, lengths=[[min(n, 16) for n in row] for row in made.lengths])
 
 
 def summary(side: Side, warmup: int) -> dict[str, Any]:
@@ -248,7 +259,8 @@ def search(run: argparse.Namespace) -> dict[str, Any]:
         try:
             side = start("TRL", run.peer_python, "trl_step.py", case, settings, run)
             for number in range(run.warmup + run.pairs):
-                side.steps.append(side.step({"work": work(case, number).to_json(), "reset_peak": False}))
+                message = {"work": step_work(case, number, run.warmup).to_json(), "reset_peak": False}
+                side.steps.append(side.step(message))
             steps = side.steps[run.warmup :]
             tried[name] = {
                 "settings": settings,
@@ -347,6 +359,14 @@ def store(path: str, kind: str, key: str, record: dict[str, Any]) -> None:
     Path(path).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def written(results: str) -> str:
+    """The page of the stored results, and of the equal-learning ones beside them."""
+    from speed_page import page
+
+    learned = Path(results).with_name("equal_learning.json")
+    return page(read(results), json.loads(learned.read_text(encoding="utf-8")) if learned.exists() else None)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -372,9 +392,7 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="show what the workers print")
     run = parser.parse_args()
     if run.page:
-        from speed_page import page
-
-        PAGE.write_text(page(read(run.out)), encoding="utf-8")
+        PAGE.write_text(written(run.out), encoding="utf-8")
         print(PAGE)
         return 0
     if not run.peer_python:

@@ -34,8 +34,56 @@ def gib(count: float) -> str:
     return f"{count / 2**30:.2f}"
 
 
-def page(stored: dict[str, Any]) -> str:
-    """The whole page."""
+def learning(record: dict[str, Any]) -> list[str]:
+    """The section about equal learning."""
+    found, shape = record["summary"], record["shape"]
+    if not found:
+        return []
+    final, low, high = found["final"], *found["interval_90"]
+    lines = [
+        "",
+        "## Equal learning",
+        "",
+        f"The embedded model on two-digit sums, {record['steps'][-1]} steps of {shape['groups']} x {shape['members']}, at most "
+        f"{shape['max_tokens']} tokens, on one thread: the same",
+        "tasks in the same order per seed, reward, advantage (reward minus its group's mean), loss, AdamW, warm-up and clipping.",
+        f"Adapters of both are evaluated by one function on the same {record['evaluation']['tasks']} held-out problems, "
+        f"{record['evaluation']['samples']} samples each.",
+        "",
+        "| | seeds | final accuracy | standard deviation | CPU s of all steps |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for side, name in (("trl", "TRL"), ("retrain", "ours")):
+        f = final[side]
+        lines.append(
+            f"| {name} | {f['n']} | {f['mean']:.1%} | {f['sd']:.1%} | {found['cpu_s_of_all_steps'][side]['mean']:.0f} |"
+        )
+    verdict = "equivalent" if found["equivalent"] else "not shown to be equivalent"
+    lines += [
+        "",
+        f"Difference (ours minus TRL's) {100 * found['difference']:+.1f} points, 90 % interval {100 * low:+.1f} to "
+        f"{100 * high:+.1f}: **{verdict}** within {100 * found['margin']:.0f} points",
+        f"(two one-sided Welch tests, p = {max(found['p_not_worse'], found['p_not_better']):.2g}).",
+        "",
+        f"| CPU seconds until accuracy {found['goal']:.0%} | TRL | ours | ratio | interval |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for key, name in (("cpu_s_to_goal", "training steps"), ("cpu_s_to_goal_with_startup", "with start-up")):
+        of = found[key]
+        sides = [f"{of[s]['mean']} ({of[s]['reached']} of {of[s]['of']} seeds)" for s in ("trl", "retrain")]
+        low, high = of.get("ratio_interval", (float("nan"), float("nan")))
+        lines.append(
+            f"| {name} | {sides[0]} | {sides[1]} | **{of.get('ratio', float('nan')):.2f}** | {low:.2f} to {high:.2f} |"
+        )
+    return [
+        *lines,
+        "",
+        f"Commit {record['commit']}; every curve is in `benches/results/equal_learning.json`.",
+    ]
+
+
+def page(stored: dict[str, Any], learned: dict[str, Any] | None = None) -> str:
+    """The whole page; ``learned`` is what ``equal_learning.py`` stored."""
     runs = sorted(
         stored["runs"].values(), key=lambda r: (list(CASES).index(r["case"]), r["dtype"], r["threads"])
     )
@@ -113,6 +161,8 @@ def page(stored: dict[str, Any]) -> str:
                     f"| {name} | {tried['wall_s']:.2f} | {tried['cpu_s']:.2f} | {tried['sample_s']:.2f} "
                     f"| {gib(tried['peak_bytes'])} |"
                 )
+    if learned:
+        lines += learning(learned)
     machines = {
         f"{m['processor']} ({m['cores']} cores, {', '.join(m['features'])}, {m['memory_gib']:.0f} GiB)"
         for m in (run["machine"] for run in runs)

@@ -102,6 +102,19 @@ def test_equivalence_needs_the_whole_interval_inside_the_margin(shift: float, ve
     assert found["difference"] == pytest.approx(shift, abs=1e-12)
     assert found["equivalent"] is verdict
     assert (max(found["p_not_worse"], found["p_not_better"]) < 0.05) is verdict
+    text = "\n".join(
+        speed_page.learning(
+            {
+                "summary": found,
+                "shape": equal_learning.SHAPE,
+                "steps": [0, 60],
+                "commit": "c",
+                "evaluation": {"tasks": 256, "samples": 1},
+            }
+        )
+    )
+    assert ("**equivalent**" in text) is verdict
+    assert f"{100 * shift:+.1f} points" in text
     reached = found["cpu_s_to_goal"]
     assert reached["trl"]["reached"] == reached["retrain"]["reached"] == 16
     assert reached["ratio_interval"][0] <= reached["ratio"] <= reached["ratio_interval"][1]
@@ -113,9 +126,14 @@ def test_the_page_quotes_the_stored_results() -> None:
     stored = against_trl.read(str(against_trl.RESULTS))
     if not stored["runs"]:
         pytest.skip("nothing measured yet")
-    written = speed_page.page(stored)
+    written = against_trl.written(str(against_trl.RESULTS))
     assert against_trl.PAGE.read_text(encoding="utf-8") == written, "run benches/against_trl.py --page"
     for run in stored["runs"].values():
+        assert (
+            run["pairs"]
+            == len(run["sides"]["TRL"]["all_wall_s"])
+            == len(run["sides"]["retrain"]["all_wall_s"])
+        )
         assert f"**{run['ratios']['wall']:.2f}**" in written
         again = against_trl.ratios(run)
         assert again == run["ratios"], "a stored ratio is not that of the stored steps"
