@@ -34,6 +34,11 @@ def gib(count: float) -> str:
     return f"{count / 2**30:.2f}"
 
 
+def setting(chosen: dict[str, Any]) -> str:
+    """TRL's setting in words; {} is `generate` with a dynamic cache over the whole batch."""
+    return ", ".join(f"{key} {value}" for key, value in chosen.items()) or "generate, dynamic cache"
+
+
 def learning(record: dict[str, Any]) -> list[str]:
     """The section about equal learning."""
     found, shape = record["summary"], record["shape"]
@@ -108,8 +113,8 @@ def page(stored: dict[str, Any], learned: dict[str, Any] | None = None) -> str:
         "GiB: largest resident size of the whole process over the measured steps, libraries and weights included.",
         "",
         "| workload | dtype | threads | steps | completion tokens | TRL: sample / forward | ours: sample / train "
-        "| cores used by others | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| cores used by others | TRL's setting | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for run in runs:
         theirs, ours = run["sides"]["TRL"]["parts_s"], run["sides"]["retrain"]["parts_s"]
@@ -117,7 +122,7 @@ def page(stored: dict[str, Any], learned: dict[str, Any] | None = None) -> str:
             f"| {run['case']} | {run['dtype']} | {run['threads']} | {run['pairs']} | {run['completion_tokens']:,} "
             f"| {theirs.get('sample', 0):.2f} / {theirs.get('forward', 0):.2f} s "
             f"| {ours.get('sample', 0):.2f} / {ours.get('train', 0):.2f} s "
-            f"| {run['cores_used_by_others']:.2f} | {run['commit']} |"
+            f"| {run['cores_used_by_others']:.2f} | {setting(run['trl_settings'])} | {run['commit']} |"
         )
     lines += [
         "",
