@@ -8,23 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import stats
 
 from retrain.backends import local
 from retrain.engines import torch_engine
-from retrain.engines.draw import draw
 from retrain.errors import EngineError
 from retrain.renderer import load_renderer
 from retrain.types import NoiseKey, Sampling
 
 torch.set_num_threads(1)
-
-
-def sample_tokens(logits, temperature, top_p, u, entropy):
-    got = draw(logits.clone(), temperature, top_p, u, entropy)
-    return got.ids_B, got.logprobs_B, got.entropies_B
 
 
 def sampling(**changes):
@@ -64,62 +55,6 @@ def ready(make_config, random_model):
     engine.load(backend.publish())
     yield backend, engine, renderer
     engine.close()
-
-
-def test_the_sample_follows_the_tempered_distribution():
-    torch.manual_seed(0)
-    logits = torch.randn(1, 40) * 2
-    for temperature, top_p in ((1.0, 1.0), (0.7, 1.0), (1.3, 0.8)):
-        n = 20_000
-        u = torch.rand(n, dtype=torch.float64)
-        ids, logprobs, entropy = sample_tokens(
-            logits.expand(n, -1), torch.full((n,), temperature), torch.full((n,), top_p), u, True
-        )
-        p = np.exp(logits[0].double().numpy() / temperature)
-        p /= p.sum()
-        kept = p.copy()
-        order = np.argsort(-p)
-        inside = np.cumsum(p[order]) - p[order] < top_p
-        kept[order[~inside]] = 0
-        kept /= kept.sum()
-        counts = np.bincount(ids.numpy(), minlength=40)
-        assert not counts[kept == 0].any()
-        live = kept * n >= 5
-        rest = n - counts[live].sum()
-        observed, expected = [*counts[live]], [*(kept[live] * n)]
-        if (1 - kept[live].sum()) * n > 1:
-            observed, expected = [*observed, rest], [*expected, n - kept[live].sum() * n]
-        expected = np.array(expected) * sum(observed) / sum(expected)
-        assert stats.chisquare(observed, expected).pvalue > 1e-4
-        np.testing.assert_allclose(logprobs.numpy(), np.log(p)[ids.numpy()], atol=1e-5)
-        assert entropy is not None
-        np.testing.assert_allclose(entropy.numpy(), -(p * np.log(p)).sum(), atol=1e-5)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.lists(st.floats(-30, 30), min_size=2, max_size=60),
-    st.floats(0, 1, exclude_max=True),
-    st.floats(0.05, 1.0),
-)
-def test_a_token_without_mass_is_never_drawn(values, u, top_p):
-    logits = torch.tensor([values])
-    ids, logprobs, _ = sample_tokens(
-        logits, torch.ones(1), torch.tensor([top_p]), torch.tensor([u], dtype=torch.float64), False
-    )
-    p = torch.softmax(logits.double(), -1)[0]
-    order = p.argsort(descending=True, stable=True)
-    before = p[order].cumsum(0) - p[order]
-    rank = int((order == ids[0]).nonzero())
-    assert before[rank] < top_p + 1e-6
-    assert torch.isfinite(logprobs).all()
-
-
-def test_an_extreme_uniform_stays_inside_the_support():
-    logits = torch.tensor([[0.0, 1.0, -200.0, -200.0]])
-    u = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    ids, _, _ = sample_tokens(logits, torch.ones(1), torch.ones(1), u, False)
-    assert int(ids) == 1
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from retrain.engines.draw import draw
+from retrain.engines.draw import draw_from_hidden
+from retrain.head import Head
 from retrain.types import Sampling
 
 _IDS, _POSITION, _COUNT, _LIMIT, _LIVE, _REPORT = range(6)
@@ -107,14 +108,21 @@ class Lanes:
         self._ints[_POSITION, :rows] += self._ints[_LIVE, :rows]
 
     def draw(
-        self, logits_BV: torch.Tensor, first: int, temperature: float | None, top_p: bool, entropy: bool
+        self,
+        hidden_BH: torch.Tensor,
+        head: Head,
+        first: int,
+        temperature: float | None,
+        top_p: bool,
+        entropy: bool,
     ) -> None:
-        """Draw the next token of rows from ``first`` on; with ``temperature`` all have that one."""
-        part = slice(first, first + len(logits_BV))
+        """Draw the next token of rows from ``first`` on, after final hidden states; with ``temperature`` all have that one."""
+        part = slice(first, first + len(hidden_BH))
         ints = self._ints[:, part]
         at = ints[_COUNT, :, None]
-        drawn = draw(
-            logits_BV,
+        drawn = draw_from_hidden(
+            hidden_BH,
+            head,
             self._floats[_TEMPERATURE, part] if temperature is None else temperature,
             self._floats[_TOP_P, part] if top_p else None,
             self._noise[part].gather(1, at).squeeze(1),

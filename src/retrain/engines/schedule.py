@@ -88,9 +88,10 @@ def _rounded(length: int) -> int:
 
 
 class Timings(dict[str, float]):
-    """Cumulative seconds of ``prefill``, ``decode`` (model and head) and ``draw``, and counts of tokens and steps.
+    """Cumulative seconds of ``prefill`` and ``decode`` (the model's layers) and of ``draw`` (its head and the draw, of first
+    tokens too), and counts of tokens and steps.
 
-    On CUDA they are what the host spent; where the step is a recorded graph, drawing is part of ``decode``.
+    On CUDA they are what the host spent, and a recorded step counts as ``decode`` as a whole.
     """
 
     def __init__(self) -> None:
@@ -176,7 +177,10 @@ class Batch:
             rows = min(row_bucket(rows), self._arena.rows)
             span = min(bucket(longest + 1, _SPAN), self._arena.capacity)
             shape = (rows, span, traits.entropy, traits.top_p)
-            self._graphs.run(shape, lambda: self._compute(rows, span, True, traits), self._lanes.live)
+            if traits.top_p:  # the cut waits for the host, which no recording can
+                self._compute(rows, span, True, traits)
+            else:
+                self._graphs.run(shape, lambda: self._compute(rows, span, True, traits), self._lanes.live)
         else:
             step = 1 if self._policy.device.type == "cpu" else 8
             span = min(-(-(longest + 1) // step) * step, self._arena.capacity)
@@ -195,11 +199,15 @@ class Batch:
         """One decode step on the device; the seconds that its draw took."""
         ids, positions = self._lanes.tokens(rows)
         hidden = self._policy.forward(ids, positions, Decode(self._arena, positions, span, masked))
-        logits = self._policy.head.logits(hidden)
         started = time.perf_counter()
         self._lanes.advance(rows)
         self._lanes.draw(
-            logits, 0, None if self._static else traits.temperature, traits.top_p, traits.entropy
+            hidden,
+            self._policy.head,
+            0,
+            None if self._static else traits.temperature,
+            traits.top_p,
+            traits.entropy,
         )
         return time.perf_counter() - started
 
@@ -421,11 +429,9 @@ class Batch:
         self._texts = any(row.request.sampling.stop for row in self._rows)
         self._traits = None
         traits = _Traits.of(new, self._positions[first:total])
-        logits = self._policy.head.logits(hidden)
-        if source != list(range(len(new))):
-            logits = logits[torch.as_tensor(source, device=logits.device)]
+        hidden = hidden[torch.as_tensor(source, device=hidden.device)]
         started = time.perf_counter()
-        self._lanes.draw(logits, first, traits.temperature, traits.top_p, traits.entropy)
+        self._lanes.draw(hidden, self._policy.head, first, traits.temperature, traits.top_p, traits.entropy)
         return time.perf_counter() - started
 
 
