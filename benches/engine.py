@@ -230,7 +230,9 @@ def compare(case: Case, model: str, sources: dict[str, str], rounds: int, entrop
         ratios = sorted(b["cpu_s"] / a["cpu_s"] for a, b in zip(runs["now"], runs["before"], strict=True))
         report["ratio"] = {"median": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
     split = report["now"]["split"]
-    step_s = (split["decode"] + split["draw"]) / max(split["decode_steps"], 1)
+    # The engine's own clock is the wall's; the split is taken from it and the amount from the process's CPU seconds.
+    spent = split["decode"] + split["draw"]
+    step_s = report["now"]["cpu_s"] * spent / (spent + split["prefill"]) / max(split["decode_steps"], 1)
     least = max(report["floor"]["memory_s"], report["floor"]["arithmetic_s"])
     report["decode_step_s"] = step_s
     report["share_of_floor"] = least / step_s
