@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from retrain.algorithms.planning import RegexDetector
 from retrain.errors import ConfigError, ModelError
 from retrain.protocols import Renderer
 from retrain.renderer import load_renderer, model_path
@@ -168,6 +170,61 @@ def test_offsets_of_any_bytes(small, ids):
     check_spans(text, spans, len(ids))
     for piece, (start, end) in zip(data, spans, strict=True):
         assert end - start == len(piece)  # one byte belongs to exactly one character, a special token to none
+
+
+def check_lines(renderer, sequences):
+    """``lines`` is ``offsets`` of each sequence, joined."""
+    ids = np.array([i for sequence in sequences for i in sequence], dtype=np.int32)
+    text, spans = renderer.lines(ids, [len(sequence) for sequence in sequences])
+    apart = [renderer.offsets(np.array(sequence, dtype=np.int32)) for sequence in sequences]
+    assert text == "\n".join(line for line, _ in apart)
+    assert spans.shape == (len(ids), 2)
+    expected, at = [], 0
+    for line, found in apart:
+        expected += [(at + a, at + b) for a, b in found]
+        at += len(line) + 1
+    assert list(map(tuple, spans.tolist())) == expected
+    # The built-in detector marks the same tokens by an array as by a list, and by all lines as by each.
+    detect = RegexDetector(["wait let me", "a", "\u00e9 b", "\U0001f600 a"])
+    marks = detect(text, spans).tolist()
+    assert marks == detect(text, expected).tolist()
+    assert marks == [m for line, found in apart for m in detect(line, found).tolist()]
+
+
+WORDS = ["wait", ", let", " me", "a", "\u00e9 b", "\U0001f600", "\n", "wait-let me", "\u03a3", "A\u03a3"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_lines_are_the_offsets_of_each_sequence(small, data):
+    whole = st.lists(st.sampled_from(WORDS), max_size=8).map(lambda words: ids_of(small, "".join(words)).tolist())
+    # Cut and mended at random: characters in pieces, with end tokens and ids that no tokenizer has inside them.
+    broken = st.tuples(whole, st.lists(st.tuples(st.integers(0, 20), st.sampled_from([1, 5, 200, -3, 4000, 2**31 - 1])), max_size=3))
+
+    def mended(drawn):
+        ids, changes = drawn
+        for at, token in changes:
+            ids = [*ids[:at], token, *ids[at:]]
+        return ids
+
+    check_lines(small, data.draw(st.lists(st.one_of(whole, broken.map(mended)), min_size=1, max_size=5)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 275), max_size=12), min_size=1, max_size=4))
+def test_lines_of_other_tokenizers(pieces, sequences):
+    check_lines(pieces, sequences)
+
+
+def test_threads_that_ask_for_new_tokens_at_once_get_the_same(tmp_path):
+    folder = write_model(tmp_path, bytes_tokenizer())
+    rng = np.random.default_rng(0)
+    asked = [rng.permutation(260).astype(np.int32) for _ in range(16)]
+    expected = [load_renderer(str(folder)).decode(ids) for ids in asked]
+    for _ in range(5):
+        shared = load_renderer(str(folder))
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(shared.decode, asked)) == expected
 
 
 def _gpt2_alphabet() -> list[str]:

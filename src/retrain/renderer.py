@@ -267,7 +267,7 @@ class ChatRenderer:
 
     def lines(self, token_ids: IntArray, counts: Sequence[int]) -> tuple[str, Indices]:
         """``offsets`` of several sequences at once: their texts with a line feed between each two, and the range
-        of every token in that (N, 2), which never decreases.
+        of every token in that (N, 2).
 
         ``token_ids`` (N,) holds the sequences one after the other, ``counts[i]`` tokens of the i-th.
         """

@@ -104,7 +104,7 @@ def _checked(grams: Iterable[str]) -> tuple[str, ...]:
 
 
 Offsets: TypeAlias = Sequence[tuple[int, int]] | npt.NDArray[np.int64]
-"""Half-open character ranges of T tokens: pairs in any order, or an array (T, 2) that never decreases."""
+"""Half-open character ranges of T tokens: pairs in any order, or an array (T, 2) in text order."""
 
 
 class RegexDetector:
@@ -167,12 +167,15 @@ def overlapping(spans: Sequence[tuple[int, int]], length: int, offsets: Offsets)
     if not spans or not len(offsets):
         return mask_T
     if isinstance(offsets, np.ndarray):
-        starts, ends = np.ascontiguousarray(offsets[:, 0]), np.ascontiguousarray(offsets[:, 1])
+        ends = np.ascontiguousarray(offsets[:, 1])
+        filled = ends > offsets[:, 0]
+        # An empty token inside a split character lies at its end, and the tokens after it begin before that.
+        starts = np.maximum.accumulate(np.where(filled, offsets[:, 0], 0))
         firsts = np.searchsorted(ends, [start for start, _ in spans], side="right").tolist()
         lasts = np.searchsorted(starts, [end for _, end in spans], side="left").tolist()
         for first, last in zip(firsts, lasts, strict=True):
             mask_T[first:last] = True
-        return mask_T & (ends > starts)
+        return mask_T & filled
     ranges = np.fromiter(itertools.chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
     starts, ends = ranges[::2], ranges[1::2]
     # Characters inside a span before each position: a token overlaps one when that count grows over it.
