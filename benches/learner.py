@@ -238,10 +238,13 @@ def compare(run: argparse.Namespace) -> dict[str, Any]:
         },
     }  # fmt: skip
     record["parts"] = [{k: round(v, 4) for k, v in s["parts"].items()} for s in mine]
-    shares = [
-        (n["head"] + n["layers"]) / s["wall_s"] / p for n, s, p in zip(needed, mine, peaks, strict=True)
+    # By CPU seconds, which other processes stretch less than the clock; the head has its part of them by the clock.
+    seconds = [s["cpu_s"] / run.threads if run.device == "cpu" else s["wall_s"] for s in mine]
+    shares = [(n["head"] + n["layers"]) / t / p for n, t, p in zip(needed, seconds, peaks, strict=True)]
+    heads = [
+        n["head"] / (t * s["parts"]["head"] / s["wall_s"]) / p
+        for n, s, t, p in zip(needed, mine, seconds, peaks, strict=True)
     ]
-    heads = [n["head"] / s["parts"]["head"] / p for n, s, p in zip(needed, mine, peaks, strict=True)]
     record["share_of_peak"] = {"step": spread(shares), "head": spread(heads)}
     record["ratios"] = {
         side.name: {
