@@ -45,7 +45,7 @@ def test_draws_follow_the_distribution(vocabulary, temperature, top_p):
     generator = torch.Generator().manual_seed(vocabulary)
     # Steep enough that a few tokens hold most of the mass: every cell of the test is filled.
     logits_BV = torch.randn(1, vocabulary, generator=generator) * 4
-    n = 20_000 if vocabulary < WIDE else 600
+    n = {40: 20_000, 3000: 3000, WIDE: 600}[vocabulary]
     u_B = torch.rand(n, generator=generator, dtype=torch.float64)
     top_p_B = None if top_p is None else torch.full((n,), top_p)
     ids = draw(logits_BV.repeat(n, 1), temperature, top_p_B, u_B, False).ids_B.numpy()
@@ -212,7 +212,7 @@ def head_of(vocabulary, width, bias, seed=0):
 
 
 @pytest.mark.parametrize("vocabulary", [300, WIDE, WIDE + 131])
-@pytest.mark.parametrize("rows", [1, 2, 5, module._SKINNY, module._SKINNY + 1])
+@pytest.mark.parametrize("rows", [1, *module._SKINNY[::14], module._SKINNY[-1]])
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_draw_from_hidden_states_equals_the_float64_twin(vocabulary, rows, cut):
     head = head_of(vocabulary, 24, bias=rows % 2 == 1)
@@ -237,19 +237,12 @@ def test_a_draw_from_hidden_states_equals_the_float64_twin(vocabulary, rows, cut
     assert torch.equal(plain.logprobs_B, got.logprobs_B)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_draw_from_hidden_states_does_not_depend_on_the_other_rows(threads):
+def test_a_draw_from_hidden_states_does_not_depend_on_the_other_rows():
     head = head_of(WIDE + 600, 48, bias=True)
     hidden_BH = torch.randn(32, 48)
     u_B = torch.rand(32, dtype=torch.float64)
-    torch.set_num_threads(threads)
-    try:
-        together = draw_from_hidden(hidden_BH, head, 0.8, None, u_B, True)
-        for part in ([7], [3, 31], list(range(17)), list(range(32))[::-1]):
-            apart = draw_from_hidden(hidden_BH[part], head, 0.8, None, u_B[part], True)
-            assert torch.equal(apart.ids_B, together.ids_B[part])
-            # Two threads may share the product otherwise at another number of rows.
-            atol = 0 if threads == 1 else 1e-6
-            np.testing.assert_allclose(apart.logprobs_B, together.logprobs_B[part], rtol=0, atol=atol)
-    finally:
-        torch.set_num_threads(1)
+    together = draw_from_hidden(hidden_BH, head, 0.8, None, u_B, True)
+    for part in ([7], list(range(20, 29)), list(range(17)), list(range(32))[::-1]):
+        apart = draw_from_hidden(hidden_BH[part], head, 0.8, None, u_B[part], True)
+        assert torch.equal(apart.ids_B, together.ids_B[part])
+        np.testing.assert_allclose(apart.logprobs_B, together.logprobs_B[part], rtol=0, atol=5e-6)

@@ -26,8 +26,8 @@ _WIDE = 16_384
 """From this vocabulary the CPU goes row by row: a row stays in its cache from the first pass to the last."""
 _TILE = 8 * _BLOCK
 """Tokens that one product with the head makes: at 32 rows a tile stays in a core's second cache."""
-_SKINNY = 48
-"""Up to this many rows the product is the faster for running as weight times hidden states, and the tiles fit."""
+_SKINNY = range(5, 49)
+"""Numbers of rows at which the product is the faster for running as weight times hidden states."""
 _LEAST, _MOST = 1e-18, 1 - 2.0**-53
 """Bounds of a uniform. Uniforms come in steps of 2**-53 (1.1e-16), so the lower one moves only an exact 0, past
 tokens whose mass a float32 cannot hold."""
@@ -110,11 +110,11 @@ def draw_from_hidden(
     """``draw`` from final hidden states, the head's product included; logits must be finite.
 
     For few rows and a large vocabulary on the CPU the product runs as weight times hidden states, tile by tile:
-    the skinny product is a third faster that way round, and what a tile needs is done while it is in the cache.
-    On one thread a row's logits then do not depend on the number of rows either.
+    the skinny product is up to a third cheaper that way round, and what a tile needs is done while it is in the cache.
+    Which other rows are there may then show in the last bit of a logprob, as it does in any product's.
     """
     weight_VH, rows = head.dense, len(hidden_BH)
-    tiled = hidden_BH.device.type == "cpu" and len(weight_VH) >= _WIDE and rows <= _SKINNY
+    tiled = hidden_BH.device.type == "cpu" and len(weight_VH) >= _WIDE and rows in _SKINNY
     if not tiled or weight_VH.dtype != torch.float32:
         return draw(head.logits(hidden_BH), temperature_B, top_p_B, uniform_B, entropy)
     return _finish(_by_tiles(hidden_BH, head, temperature_B, entropy), top_p_B, uniform_B, True)
@@ -200,15 +200,12 @@ def _by_tiles(
     rows, weight_VH = len(hidden_BH), head.dense
     vocabulary = len(weight_VH)
     hidden_BH = hidden_BH.float()
-    if rows == 1:
-        # A product with one column runs in another kernel, which rounds otherwise.
-        hidden_BH = hidden_BH.expand(2, -1)
     warmth_B1 = torch.as_tensor(temperature, dtype=torch.float32).reshape(-1, 1)
     hidden_HB = (hidden_BH / warmth_B1).T
-    columns, count = hidden_HB.shape[1], -(-vocabulary // _BLOCK)
-    logits_VB = hidden_HB.new_empty(vocabulary, columns)
-    scratch = hidden_HB.new_empty(_TILE, columns)
-    peak_KB, mass_KB, heat_KB = hidden_HB.new_zeros(3, count, columns).unbind()
+    count = -(-vocabulary // _BLOCK)
+    logits_VB = hidden_HB.new_empty(vocabulary, rows)
+    scratch = hidden_HB.new_empty(_TILE, rows)
+    peak_KB, mass_KB, heat_KB = hidden_HB.new_zeros(3, count, rows).unbind()
     for first in range(0, vocabulary, _TILE):
         tile = slice(first, first + _TILE)
         logits = torch.mm(weight_VH[tile], hidden_HB, out=logits_VB[tile])
@@ -219,8 +216,8 @@ def _by_tiles(
             if start == stop:
                 continue
             block = slice((first + start) // _BLOCK, (first + stop - 1) // _BLOCK + 1)
-            part = logits[start:stop].view(-1, size, columns)
-            mass = scratch[start:stop].view(-1, size, columns)
+            part = logits[start:stop].view(-1, size, rows)
+            mass = scratch[start:stop].view(-1, size, rows)
             peak = torch.amax(part, 1, out=peak_KB[block])
             torch.sub(part, peak.unsqueeze(1), out=mass)
             if entropy:
@@ -231,7 +228,7 @@ def _by_tiles(
             else:
                 torch.sum(mass.exp_(), 1, out=mass_KB[block])
     # All that is left is one number a block and row.
-    peaks_BK, blocks_BK, heats_BK = (t.T[:rows].double() for t in (peak_KB, mass_KB, heat_KB))
+    peaks_BK, blocks_BK, heats_BK = (t.T.double() for t in (peak_KB, mass_KB, heat_KB))
     peak_B1 = peaks_BK.amax(1, keepdim=True)
     below_BK = peaks_BK.sub_(peak_B1)
     scale_BK = below_BK.exp()
@@ -242,7 +239,7 @@ def _by_tiles(
         # Every x is at most 0, so all terms are at least 0 and nothing cancels.
         heat_B1 = (heats_BK * scale_BK + below_BK * blocks_BK).sum(1, keepdim=True)
         entropies_B = (log_total_B1 - heat_B1 / total_B1).squeeze(1).float()
-    return _Table(blocks_BK, entropies_B, logits_VB.T[:rows], 1.0, (peak_B1, log_total_B1))
+    return _Table(blocks_BK, entropies_B, logits_VB.T, 1.0, (peak_B1, log_total_B1))
 
 
 def _running(mass_BN: torch.Tensor) -> torch.Tensor:
