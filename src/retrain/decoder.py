@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from retrain.adapter import AdaptedLinear, Mode
 from retrain.attention import Attend, one_sequence
 from retrain.errors import ModelError
-from retrain.fused import FusedLinear, Heads, gated, rms_norm, split_heads
+from retrain.fused import FusedLinear, Heads, Norm, gated, rms_norm, split_heads
 
 log = logging.getLogger("retrain")
 
@@ -131,12 +131,9 @@ def _attention(
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One decoder layer: frozen norms, fused products, and how its attention is scaled and bounded."""
+    """One decoder layer: fused products, two of them with the norm before, and how its attention is scaled and bounded."""
 
     number: int
-    before: torch.Tensor
-    between: torch.Tensor
-    eps: float
     qkv: FusedLinear
     heads: Heads
     out: FusedLinear
@@ -148,11 +145,10 @@ class _Layer:
     def __call__(
         self, x_NH: torch.Tensor, cos_N1D: torch.Tensor, sin_N1D: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
-        q, k, v = split_heads(self.qkv(rms_norm(x_NH, self.before, self.eps)), cos_N1D, sin_N1D, self.heads)
+        q, k, v = split_heads(self.qkv.normed(x_NH), cos_N1D, sin_N1D, self.heads)
         seen = attend(self.number, q, k, v, scale=self.scale, window=self.window)
         x_NH = self.out(seen.reshape(len(seen), -1), x_NH)
-        both = self.gate_up(rms_norm(x_NH, self.between, self.eps))
-        return self.down(gated(both), x_NH)
+        return self.down(gated(self.gate_up.normed(x_NH)), x_NH)
 
 
 class LeanDecoder:
@@ -167,7 +163,7 @@ class LeanDecoder:
         self._norm: torch.Tensor = backbone.norm.weight
         self._eps = float(backbone.norm.variance_epsilon)
         self._recompute = False
-        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._layers = [
             _layer(module, number, mode, *seen[number], native=native)
             for number, module in enumerate(backbone.layers)
@@ -204,14 +200,14 @@ class LeanDecoder:
         self._recompute = True
 
     def _turns(self, positions_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (N, 1, D) from tables of twice the length seen, so that a CUDA graph recorded now still reads
-        inside them when its rows have grown."""
+        """Cosines and sines (N, 1, D) from tables of at least twice the length seen, so that a CUDA graph recorded now
+        still reads inside them when its rows have grown. Outgrown tables stay: such a graph may read them."""
         recording = positions_N.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self._tables is None or not recording:
+        if not self._tables or not recording:
             length = int(positions_N.max()) + 1
-            if self._tables is None or 2 * length > len(self._tables[0]):
-                self._tables = self._rotations(max(1024, 2 << (length - 1).bit_length()))
-        cos, sin = self._tables
+            if not self._tables or 2 * length > len(self._tables[-1][0]):
+                self._tables.append(self._rotations(max(1024, 2 << (length - 1).bit_length())))
+        cos, sin = self._tables[-1]
         return cos[positions_N], sin[positions_N]
 
     @torch.no_grad()
@@ -238,15 +234,16 @@ def _layer(
             [n.weight.detach().expand(h, width) for n, h in zip(norms, (queries, keys), strict=True)]
         ).contiguous()
         eps = float(norms[0].variance_epsilon)
+    before, between = (
+        Norm(n.weight, float(n.variance_epsilon))
+        for n in (module.input_layernorm, module.post_attention_layernorm)
+    )
     return _Layer(
         number=number,
-        before=module.input_layernorm.weight,
-        between=module.post_attention_layernorm.weight,
-        eps=float(module.input_layernorm.variance_epsilon),
-        qkv=FusedLinear((attn.q_proj, attn.k_proj, attn.v_proj), mode, native=native),
+        qkv=FusedLinear((attn.q_proj, attn.k_proj, attn.v_proj), mode, norm=before, native=native),
         heads=Heads(queries, keys, width, weight, eps or 0.0),
         out=FusedLinear((attn.o_proj,), mode, native=native),
-        gate_up=FusedLinear((mlp.gate_proj, mlp.up_proj), mode, native=native),
+        gate_up=FusedLinear((mlp.gate_proj, mlp.up_proj), mode, norm=between, native=native),
         down=FusedLinear((mlp.down_proj,), mode, native=native),
         scale=scale,
         window=window,

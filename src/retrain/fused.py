@@ -42,16 +42,34 @@ class _Part:
     rank: slice
 
 
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A frozen root-mean-square norm."""
+
+    weight: torch.Tensor
+    eps: float
+
+
 class FusedLinear:
     """Adapted linear layers that read the same input, as one product: q, k, v; gate, up; or a single one.
 
     The base weights of the layers become views of one tensor (no copy stays), and so do their A matrices. The adapter's
-    product is added before the only rounding. With dropout or a base in 4 bits each layer runs for itself.
+    product is added before the only rounding. With dropout or a base in 4 bits each layer runs for itself. ``norm`` is
+    the norm that the input comes through: merged float32 weights carry its factors.
     """
 
-    def __init__(self, layers: Sequence[AdaptedLinear], mode: Mode, *, native: bool | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[AdaptedLinear],
+        mode: Mode,
+        *,
+        norm: Norm | None = None,
+        native: bool | None = None,
+    ) -> None:
         first = layers[0].base.weight
         self._mode = mode
+        self._norm = norm
+        self._floor: torch.Tensor | None = None
         self._layers = tuple(layers)
         self.plain = any(layer.quantized for layer in layers)
         self.merged: torch.Tensor | None = None
@@ -98,13 +116,24 @@ class FusedLinear:
         if not self.mergeable:
             self._split = self._factors()
             return
-        if self.merged is None:
-            self.merged = torch.empty_like(self._weight)
+        merged = self.merged = torch.empty_like(self._weight) if self.merged is None else self.merged
         for part in self._parts:
             layer = part.layer
-            torch.addmm(
-                self._weight[part.out], layer.b, layer.a, alpha=layer.scale, out=self.merged[part.out]
-            )
+            torch.addmm(self._weight[part.out], layer.b, layer.a, alpha=layer.scale, out=merged[part.out])
+        if self._norm is not None and self._dtype == torch.float32:
+            width = merged.shape[1]
+            merged *= self._norm.weight * width**0.5
+            if self._floor is None:
+                self._floor = merged.new_tensor((width * self._norm.eps) ** 0.5)
+
+    def normed(self, x_NI: torch.Tensor) -> torch.Tensor:
+        """The product of the normed input."""
+        assert self._norm is not None
+        if self._mode.kind == "merged" and self._floor is not None:
+            # x / sqrt(|x|^2 + width eps); the rest of the norm is in the weights.
+            length = torch.linalg.vector_norm(x_NI, dim=-1, keepdim=True)
+            return self(x_NI / torch.hypot(length, self._floor))
+        return self(rms_norm(x_NI, self._norm.weight, self._norm.eps))
 
     def __call__(self, x_NI: torch.Tensor, residual_NO: torch.Tensor | None = None) -> torch.Tensor:
         """(N, in) to (N, sum of outs), the layers' outputs side by side, plus ``residual_NO``."""
