@@ -163,16 +163,20 @@ class Decode:
         cpu = q_NHD.device.type == "cpu"
         keys, values = self._arena.read(layer, slice(0, count), self._span, q_NHD.dtype)
         if window not in self._masks:
-            self._masks[window] = self._mask(window, torch.float32 if cpu else q_NHD.dtype)
+            mask = self._mask(window, torch.float32 if cpu else q_NHD.dtype)
+            if cpu and mask is not None:
+                mask = mask.expand(count, groups, 1, self._span).reshape(-1, 1, self._span)
+            self._masks[window] = mask
         mask = self._masks[window]
         if not cpu:
             return attention(q_NHD[:, :, None], keys, values, scale=scale, mask=mask)[:, :, 0]
         # Plain products beat the fused kernel here: it handles every pair of a row and a head on its own.
-        q = (q_NHD.float() * scale).view(count, groups, -1, width)
-        scores = torch.matmul(q, keys.float().transpose(2, 3))
-        if mask is not None:
-            scores += mask
-        out = torch.matmul(torch.softmax(scores, -1), values.float())
+        pairs = count * groups
+        q = q_NHD.reshape(pairs, -1, width).float()
+        keys, values = (x.flatten(0, 1).float() for x in (keys, values))
+        addend, beta = (mask, 1) if mask is not None else (q[:, :, :1], 0)
+        scores = torch.baddbmm(addend, q, keys.transpose(1, 2), beta=beta, alpha=scale)
+        out = torch.bmm(torch.softmax(scores, -1), values)
         return out.view(q_NHD.shape).to(q_NHD.dtype)
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
