@@ -34,6 +34,11 @@ def gib(count: float) -> str:
     return f"{count / 2**30:.2f}"
 
 
+def spread(interval: list[float], pairs: int) -> str:
+    """An interval; of fewer than five pairs a bootstrap knows too little to state one."""
+    return f"{interval[0]:.2f} to {interval[1]:.2f}" if pairs >= 5 else f"{pairs} pair(s)"
+
+
 def setting(chosen: dict[str, Any]) -> str:
     """TRL's setting in words; {} is `generate` with a dynamic cache over the whole batch."""
     return ", ".join(f"{key} {value}" for key, value in chosen.items()) or "generate, dynamic cache"
@@ -104,13 +109,25 @@ def page(stored: dict[str, Any], learned: dict[str, Any] | None = None) -> str:
         wall, cpu = ratio["wall_interval"], ratio["cpu_interval"]
         lines.append(
             f"| {run['case']} | {run['dtype']} | {run['threads']} | {theirs['wall_s']:.2f} | {ours['wall_s']:.2f} "
-            f"| **{ratio['wall']:.2f}** | {wall[0]:.2f} to {wall[1]:.2f} "
-            f"| **{ratio['cpu']:.2f}** | {cpu[0]:.2f} to {cpu[1]:.2f} "
+            f"| **{ratio['wall']:.2f}** | {spread(wall, run['pairs'])} "
+            f"| **{ratio['cpu']:.2f}** | {spread(cpu, run['pairs'])} "
             f"| {gib(theirs['peak_bytes'])} | {gib(ours['peak_bytes'])} | {ratio['peak']:.0%} |"
         )
     lines += [
         "",
         "GiB: largest resident size of the whole process over the measured steps, libraries and weights included.",
+        *(
+            [
+                "",
+                "bf16 rows: this processor has no bf16 instructions and emulates them, which no user would choose here; compare",
+                "our bf16 step with TRL's fp32 step as well.",
+            ]
+            if any(
+                r["dtype"] == "bf16" and not {"amx_bf16", "avx512_bf16"} & {*r["machine"]["features"]}
+                for r in runs
+            )
+            else []
+        ),
         "",
         "| workload | dtype | threads | steps | completion tokens | TRL: sample / forward | ours: sample / train "
         "| cores used by others | TRL's setting | commit |",
