@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from retrain.engines.draw import draw, draw_from_hidden
+from retrain.engines.draw import draw
 from retrain.head import Head
 
 
@@ -71,16 +71,16 @@ def on_logits(rows: int, vocabulary: int, rounds: int) -> dict[str, float]:
 
 
 def with_head(rows: int, hidden: int, vocabulary: int, rounds: int) -> dict[str, float]:
-    """The head's product and the draw, apart and by tiles."""
+    """The head's product as the engine takes it, the plain ones beside it, and the draw after it."""
     layer = nn.Linear(hidden, vocabulary, bias=False)
     layer.requires_grad_(False)
     head = Head(layer)
     hidden_BH, uniform_B = torch.randn(rows, hidden), torch.rand(rows, dtype=torch.float64)
     calls: dict[str, Callable[[], object]] = {
-        "by tiles": lambda: draw_from_hidden(hidden_BH, head, 1.0, None, uniform_B, True),
         "product, then draw": lambda: draw(head.logits(hidden_BH), 1.0, None, uniform_B, True),
         "product alone": lambda: head.logits(hidden_BH),
-        "product alone, weight first": lambda: head.dense @ hidden_BH.T,
+        "plain product": lambda: hidden_BH @ head.dense.T,
+        "weight first": lambda: head.dense @ hidden_BH.T,
     }
     return measure(calls, lambda: None, rounds)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from retrain import head as module
-from retrain.head import Head, SelectedLogprobs
+from retrain.head import FewRows, Head, SelectedLogprobs, few_rows
 
 torch.set_num_threads(1)
 
@@ -110,3 +112,36 @@ def test_bf16_hidden_states_score_as_their_float32_copies():
     values, _ = SelectedLogprobs.apply(x.detach().bfloat16(), Head(half), targets, 0.8, 5, False)
     _, logprobs, _ = twin(half.float(), x.detach().bfloat16(), targets, 0.8)
     torch.testing.assert_close(values.double(), logprobs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 17, 32, 48, 49])
+def test_few_rows_give_the_plain_product(rows):
+    """Also in any order of row counts, and where the packed form is not to be had."""
+    weight, x = torch.randn(1031, 64), torch.randn(rows, 64)
+    expected = x.double() @ weight.double().T
+    product = FewRows(weight)
+    plain = FewRows(weight)
+    plain._packs = False
+    for once in (product, plain, lambda x: few_rows(x, weight)):
+        got = once(x)
+        assert got.is_contiguous()
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
+    for other in (12, 40, 7):
+        y = torch.randn(other, 64)
+        torch.testing.assert_close(product(y), y @ weight.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(product(x).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_packed_product_that_computes_something_else_is_not_used(monkeypatch):
+    weight, x = torch.randn(1031, 64), torch.randn(16, 64)
+    product = FewRows(weight)
+    if not product._packs:
+        pytest.skip("this PyTorch has no packed products")
+    packs = torch.ops.mkl._mkl_reorder_linear_weight
+    wrong = SimpleNamespace(
+        _mkl_reorder_linear_weight=packs, _mkl_linear=lambda *a: torch.ops.aten.linear(a[0], a[2]) * 1.5
+    )
+    monkeypatch.setattr(module.torch.ops, "mkl", wrong)
+    torch.testing.assert_close(product(x), x @ weight.T, rtol=1e-4, atol=1e-4)
+    assert not product._packs
+    torch.testing.assert_close(product(x), x @ weight.T, rtol=1e-4, atol=1e-4)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from retrain.adapter import AdaptedLinear, Mode
+from retrain.head import few_rows
 
 _NATIVE_WIDTH = 256
 """Inputs below this are too narrow for the CPU's bf16 units to win over float32."""
@@ -149,6 +150,13 @@ class FusedLinear:
             return self._adapted(x_NI, residual_NO)[0]
         weight = self.merged if kind == "merged" and self.merged is not None else self._weight  # else: "base"
         x = x_NI.to(weight.dtype)
+        if x.dtype == torch.float32 and not torch.is_grad_enabled():
+            out = few_rows(x, weight)
+            if residual_NO is not None:
+                out += residual_NO
+            if self._bias is not None:
+                out += self._bias
+            return out.to(x_NI.dtype)
         if residual_NO is None:
             out = F.linear(x, weight, None if self._bias is None else self._bias.to(weight.dtype))
             return out.to(x_NI.dtype)

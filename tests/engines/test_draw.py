@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from retrain.engines import draw as module
-from retrain.engines.draw import draw, draw_from_hidden
+from retrain.engines.draw import draw
 from retrain.head import Head
 
 torch.set_num_threads(1)
@@ -209,40 +209,3 @@ def head_of(vocabulary, width, bias, seed=0):
     layer.requires_grad_(False)
     layer.weight.mul_(8)
     return Head(layer)
-
-
-@pytest.mark.parametrize("vocabulary", [300, WIDE, WIDE + 131])
-@pytest.mark.parametrize("rows", [1, *module._SKINNY[::14], module._SKINNY[-1]])
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_draw_from_hidden_states_equals_the_float64_twin(vocabulary, rows, cut):
-    head = head_of(vocabulary, 24, bias=rows % 2 == 1)
-    generator = torch.Generator().manual_seed(1)
-    hidden_BH = torch.randn(rows, 24, generator=generator)
-    warmth_B = torch.rand(rows, generator=generator) + 0.5
-    top_p_B = torch.full((rows,), 0.7) if cut else None
-    u_B = torch.rand(rows, generator=generator, dtype=torch.float64)
-    got = draw_from_hidden(hidden_BH.clone(), head, warmth_B, top_p_B, u_B, True)
-    logits_BV = hidden_BH.double() @ head.weight.double().T
-    if head.bias is not None:
-        logits_BV += head.bias.double()
-    p_BV, kept_BV = twin(logits_BV, warmth_B, top_p_B)
-    high_B = kept_BV.cumsum(1).gather(1, got.ids_B[:, None])[:, 0] / kept_BV.sum(1)
-    low_B = high_B - kept_BV.gather(1, got.ids_B[:, None])[:, 0] / kept_BV.sum(1)
-    assert ((low_B - 1e-5 <= u_B) & (u_B <= high_B + 1e-5)).all()
-    np.testing.assert_allclose(got.logprobs_B, p_BV.gather(1, got.ids_B[:, None])[:, 0].log(), atol=2e-5)
-    np.testing.assert_allclose(got.entropies_B, -(p_BV * p_BV.log()).sum(1), atol=2e-5)
-    plain = draw_from_hidden(hidden_BH, head, warmth_B, top_p_B, u_B, False)
-    assert plain.entropies_B is None
-    assert torch.equal(plain.ids_B, got.ids_B)
-    assert torch.equal(plain.logprobs_B, got.logprobs_B)
-
-
-def test_a_draw_from_hidden_states_does_not_depend_on_the_other_rows():
-    head = head_of(WIDE + 600, 48, bias=True)
-    hidden_BH = torch.randn(32, 48)
-    u_B = torch.rand(32, dtype=torch.float64)
-    together = draw_from_hidden(hidden_BH, head, 0.8, None, u_B, True)
-    for part in ([7], list(range(20, 29)), list(range(17)), list(range(32))[::-1]):
-        apart = draw_from_hidden(hidden_BH[part], head, 0.8, None, u_B[part], True)
-        assert torch.equal(apart.ids_B, together.ids_B[part])
-        np.testing.assert_allclose(apart.logprobs_B, together.logprobs_B[part], rtol=0, atol=5e-6)

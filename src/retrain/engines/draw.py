@@ -1,8 +1,7 @@
 """The sampling kernel: one token a row by inverse CDF, with its exact logprob and entropy, in few passes.
 
 The vocabulary is cut into blocks: exponentials once, the mass of every block, a running sum over the blocks,
-and a second running sum inside the one block that was picked. On the CPU the head's product may come tile by
-tile, consumed while it is in the cache.
+and a second running sum inside the one block that was picked.
 """
 
 # torch is only partly typed: what it returns is Any here.
@@ -16,18 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from retrain.head import Head
-
 _BLOCK = 512
 """Tokens a block."""
 _NARROW = 1024
 """Up to this vocabulary every token is its own block: the second level's calls would cost more than it saves."""
 _WIDE = 16_384
 """From this vocabulary the CPU goes row by row: a row stays in its cache from the first pass to the last."""
-_TILE = 8 * _BLOCK
-"""Tokens that one product with the head makes: at 32 rows a tile stays in a core's second cache."""
-_SKINNY = range(5, 49)
-"""Numbers of rows at which the product is the faster for running as weight times hidden states."""
 _LEAST, _MOST = 1e-18, 1 - 2.0**-53
 """Bounds of a uniform. Uniforms come in steps of 2**-53 (1.1e-16), so the lower one moves only an exact 0, past
 tokens whose mass a float32 cannot hold."""
@@ -97,27 +90,6 @@ def draw(
     by_rows = logits_BV.device.type == "cpu" and vocabulary >= _WIDE
     table = (_by_rows if by_rows else _at_once)(logits_BV, temperature_B, entropy)
     return _finish(table, top_p_B, uniform_B, by_rows)
-
-
-def draw_from_hidden(
-    hidden_BH: torch.Tensor,
-    head: Head,
-    temperature_B: torch.Tensor | float,
-    top_p_B: torch.Tensor | None,
-    uniform_B: torch.Tensor,
-    entropy: bool,
-) -> Drawn:
-    """``draw`` from final hidden states, the head's product included; logits must be finite.
-
-    For few rows and a large vocabulary on the CPU the product runs as weight times hidden states, tile by tile:
-    the skinny product is up to a third cheaper that way round, and what a tile needs is done while it is in the cache.
-    Which other rows are there may then show in the last bit of a logprob, as it does in any product's.
-    """
-    weight_VH, rows = head.dense, len(hidden_BH)
-    tiled = hidden_BH.device.type == "cpu" and len(weight_VH) >= _WIDE and rows in _SKINNY
-    if not tiled or weight_VH.dtype != torch.float32:
-        return draw(head.logits(hidden_BH), temperature_B, top_p_B, uniform_B, entropy)
-    return _finish(_by_tiles(hidden_BH, head, temperature_B, entropy), top_p_B, uniform_B, True)
 
 
 def _finish(table: _Table, top_p_B: torch.Tensor | None, uniform_B: torch.Tensor, by_rows: bool) -> Drawn:
@@ -191,55 +163,6 @@ def _by_rows(logits_BV: torch.Tensor, temperature: torch.Tensor | float, entropy
         temperature,
         (peak_B.unsqueeze(1), log_total_B.unsqueeze(1)),
     )
-
-
-def _by_tiles(
-    hidden_BH: torch.Tensor, head: Head, temperature: torch.Tensor | float, entropy: bool
-) -> _Table:
-    """Product and passes tile by tile, rows last; every block has its own peak, so the tiling shows nowhere."""
-    rows, weight_VH = len(hidden_BH), head.dense
-    vocabulary = len(weight_VH)
-    hidden_BH = hidden_BH.float()
-    warmth_B1 = torch.as_tensor(temperature, dtype=torch.float32).reshape(-1, 1)
-    hidden_HB = (hidden_BH / warmth_B1).T
-    count = -(-vocabulary // _BLOCK)
-    logits_VB = hidden_HB.new_empty(vocabulary, rows)
-    scratch = hidden_HB.new_empty(_TILE, rows)
-    peak_KB, mass_KB, heat_KB = hidden_HB.new_zeros(3, count, rows).unbind()
-    for first in range(0, vocabulary, _TILE):
-        tile = slice(first, first + _TILE)
-        logits = torch.mm(weight_VH[tile], hidden_HB, out=logits_VB[tile])
-        if head.bias is not None:
-            logits.add_(head.bias[tile, None].float() / warmth_B1.T)
-        whole = len(logits) // _BLOCK * _BLOCK
-        for start, stop, size in ((0, whole, _BLOCK), (whole, len(logits), len(logits) - whole)):
-            if start == stop:
-                continue
-            block = slice((first + start) // _BLOCK, (first + stop - 1) // _BLOCK + 1)
-            part = logits[start:stop].view(-1, size, rows)
-            mass = scratch[start:stop].view(-1, size, rows)
-            peak = torch.amax(part, 1, out=peak_KB[block])
-            torch.sub(part, peak.unsqueeze(1), out=mass)
-            if entropy:
-                x = mass
-                mass = x.exp()
-                torch.sum(x.mul_(mass), 1, out=heat_KB[block])
-                torch.sum(mass, 1, out=mass_KB[block])
-            else:
-                torch.sum(mass.exp_(), 1, out=mass_KB[block])
-    # All that is left is one number a block and row.
-    peaks_BK, blocks_BK, heats_BK = (t.T.double() for t in (peak_KB, mass_KB, heat_KB))
-    peak_B1 = peaks_BK.amax(1, keepdim=True)
-    below_BK = peaks_BK.sub_(peak_B1)
-    scale_BK = below_BK.exp()
-    blocks_BK = (blocks_BK * scale_BK).contiguous()
-    total_B1 = blocks_BK.sum(1, keepdim=True)
-    log_total_B1, entropies_B = total_B1.log(), None
-    if entropy:
-        # Every x is at most 0, so all terms are at least 0 and nothing cancels.
-        heat_B1 = (heats_BK * scale_BK + below_BK * blocks_BK).sum(1, keepdim=True)
-        entropies_B = (log_total_B1 - heat_B1 / total_B1).squeeze(1).float()
-    return _Table(blocks_BK, entropies_B, logits_VB.T, 1.0, (peak_B1, log_total_B1))
 
 
 def _running(mass_BN: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from retrain.engines.draw import draw_from_hidden
+from retrain.engines.draw import draw
 from retrain.head import Head
 from retrain.types import Sampling
 
@@ -120,9 +120,8 @@ class Lanes:
         part = slice(first, first + len(hidden_BH))
         ints = self._ints[:, part]
         at = ints[_COUNT, :, None]
-        drawn = draw_from_hidden(
-            hidden_BH,
-            head,
+        drawn = draw(
+            head.logits(hidden_BH),
             self._floats[_TEMPERATURE, part] if temperature is None else temperature,
             self._floats[_TOP_P, part] if top_p else None,
             self._noise[part].gather(1, at).squeeze(1),
