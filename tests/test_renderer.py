@@ -199,7 +199,8 @@ WORDS = ["wait", ", let", " me", "a", "\u00e9 b", "\U0001f600", "\n", "wait-let 
 def test_lines_are_the_offsets_of_each_sequence(small, data):
     whole = st.lists(st.sampled_from(WORDS), max_size=8).map(lambda words: ids_of(small, "".join(words)).tolist())
     # Cut and mended at random: characters in pieces, with end tokens and ids that no tokenizer has inside them.
-    broken = st.tuples(whole, st.lists(st.tuples(st.integers(0, 20), st.sampled_from([1, 5, 200, -3, 4000, 2**31 - 1])), max_size=3))
+    changes = st.lists(st.tuples(st.integers(0, 20), st.sampled_from([1, 5, 200, -3, 4000, 2**31 - 1])), max_size=3)
+    broken = st.tuples(whole, changes)
 
     def mended(drawn):
         ids, changes = drawn

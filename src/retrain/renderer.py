@@ -295,7 +295,7 @@ class ChatRenderer:
             reached = ends_N - _passed(np.searchsorted(ends_N, later, side="right"), len(ends_N))
             starts = starts_N - _passed(np.searchsorted(starts_N, later, side="left"), len(ends_N))
         # An empty token lies where the last character before it ends.
-        return text, np.stack([np.where(lengths_N > 0, starts, reached), reached], axis=1)
+        return text, np.stack([np.where(lengths_N > 0, starts, reached), reached]).T
 
     @staticmethod
     def _apart(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 
 from retrain.fakes import FakeRenderer
 from retrain.tracking import layout
-from retrain.tracking.run_log import RunLog
+from retrain.tracking.run_log import RunLog, to_json
 from retrain.types import CreditedGroup, Message, Rollout, Score, ScoredGroup, Task
 
 NAN = math.nan
@@ -152,3 +153,17 @@ def test_a_resume_tells_everything_up_to_the_checkpoint_to_sinks_that_replay(tmp
     assert plain.calls == ["generations", "log"]
     assert asking.calls[-1] == (1, {"loss": 0.2})
     log.close()
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ({"a": [0.1, 1e-7, 3], "b": True, "c": None, "d": "\u00e9"}, '{"a": [0.1, 1e-07, 3], "b": true, "c": null, "d": "\u00e9"}'),
+        ({"a": np.float64(0.1), "b": (1, 2), "n": 2**70}, '{"a": 0.1, "b": [1, 2], "n": 1180591620717411303424}'),
+        ({"a": [1.0, math.nan], "b": -math.inf}, '{"a": [1.0, null], "b": null}'),
+        ({"a": np.float32(0.5), "b": np.int64(3), "c": np.bool_(True)}, '{"a": 0.5, "b": 3, "c": true}'),
+        ({"a": MappingProxyType({1: [{"x": np.float64(math.nan)}]})}, '{"a": {"1": [{"x": null}]}}'),
+    ],
+)
+def test_a_record_is_one_line_of_strict_json(value, line):
+    assert to_json(value) == line

@@ -52,7 +52,14 @@ def to_json(value: Mapping[str, Any]) -> str:
         plain = cast("object", item.item() if isinstance(item, np.generic) else item)
         return None if isinstance(plain, float) and not math.isfinite(plain) else plain
 
-    return json.dumps(clean(value), ensure_ascii=False, allow_nan=False)
+    try:
+        # Most records hold nothing to clean, and thousands of numbers.
+        return _encode(value)
+    except (TypeError, ValueError):
+        return _encode(clean(value))
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 class RunLog:
