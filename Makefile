@@ -9,13 +9,13 @@ demo: .make/local
 	$(BIN)/retrain demo
 
 test: .make/dev
-	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff check src tests scripts benches
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
 	$(BIN)/pytest -n auto --dist loadscope
 
 check: .make/dev
-	$(BIN)/ruff check src tests scripts && $(BIN)/lint-imports && $(BIN)/basedpyright
+	$(BIN)/ruff check src tests scripts benches && $(BIN)/lint-imports && $(BIN)/basedpyright
 
 proofs: .make/dev
 	$(BIN)/python scripts/proofs.py

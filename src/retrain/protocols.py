@@ -50,7 +50,11 @@ class Stateful(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """A learner: owns the trainable weights and the optimizer."""
+    """A learner: owns the trainable weights and the optimizer.
+
+    One with a method ``snapshot() -> Callable[[Path], None]``, which copies in memory what ``save`` would write and
+    returns its writer, has its checkpoints written while the run goes on.
+    """
 
     @property
     def capabilities(self) -> Capabilities:
@@ -101,7 +105,11 @@ class Engine(Protocol):
 
 @runtime_checkable
 class Renderer(Protocol):
-    """What environments and engines are handed: messages to token ids and back, no model."""
+    """What environments and engines are handed: messages to token ids and back, no model.
+
+    One with ``lines(token_ids, counts)``, the ``offsets`` of several texts at once as arrays, spares a large step most of
+    its time for detectors that read lines.
+    """
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -239,7 +247,8 @@ UncertaintyFn: TypeAlias = Callable[[Rollout], FloatArray]
 
 @runtime_checkable
 class Detector(Protocol):
-    """Marks planning tokens."""
+    """Marks planning tokens. One with ``reads_lines = True`` marks each line of a text by itself, so that the responses of a
+    group may come to it as the lines of one text."""
 
     def __call__(self, text: str, offsets: Sequence[tuple[int, int]]) -> BoolArray:
         """One bool per token: does it overlap a planning phrase of the text?"""

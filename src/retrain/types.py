@@ -247,7 +247,8 @@ class CreditedGroup:
         for r, a in zip(self.scored.rollouts_G, self.advantages_G_T, strict=True):
             _require(bool(np.isfinite(a).all()), f"task {r.task_id!r}: an advantage is not finite")
             _require(
-                not a[~r.sampled_T].any(), f"task {r.task_id!r}: an advantage outside the sampled tokens"
+                not np.logical_and(a, ~r.sampled_T).any(),
+                f"task {r.task_id!r}: an advantage outside the sampled tokens",
             )
 
 
