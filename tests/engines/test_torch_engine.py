@@ -182,3 +182,80 @@ def test_an_error_in_the_engine_thread_reaches_the_caller(ready):
     _, engine, _ = ready
     with pytest.raises(IndexError):
         generate(engine, [([10**6], 1, sampling())])
+
+
+def test_a_loop_that_ends_in_its_first_turns_does_not_stop_the_engine(ready):
+    _, engine, _ = ready
+    prompt = np.array([5, 9], np.int32)
+
+    async def broken():
+        async def raises():
+            raise ZeroDivisionError
+
+        await asyncio.gather(engine.generate(prompt, 1, sampling()), raises())
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(broken())
+    assert engine._starting  # that loop was to start the thread, and never will
+
+    # A loop that is closed without a word: its futures are never cancelled.
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(engine.generate(prompt, 1, sampling()))
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+    async def bounded():
+        async with asyncio.timeout(20):
+            return await engine.generate(prompt, 3, sampling())
+
+    for _ in range(2):
+        assert len(asyncio.run(bounded())) == 3
+        assert (engine.asked, engine.finished) == (3, 3)
+        assert not engine._starting
+    assert not task.done()
+    task._log_destroy_pending = False
+
+
+def test_a_loop_that_closes_while_it_is_sampled_for_leaves_no_rows_behind(ready):
+    _, engine, _ = ready
+    prompt = np.array([5, 9], np.int32)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(engine.generate(prompt, 1, sampling(max_tokens=3000, stop_ids=())))
+    while not engine.asked:
+        loop.run_until_complete(asyncio.sleep(0.001))
+    loop.close()
+    generate(engine, [([5, 9], 1, sampling())])
+    engine._settle_down()
+    assert engine.timings["decode_steps"] < 2900
+    task._log_destroy_pending = False
+
+
+def test_only_abandoned_requests_are_no_work(ready):
+    _, engine, _ = ready
+
+    async def go():
+        task = asyncio.ensure_future(engine.generate(np.array([5, 9], np.int32), 1, sampling()))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0.1)
+
+    asyncio.run(go())
+    assert not engine._running
+    assert engine.timings["prefill_tokens"] == 0
+
+
+def test_requests_survive_that_no_batch_can_be_made(ready, monkeypatch):
+    _, engine, _ = ready
+
+    def broken(*_):
+        raise MemoryError
+
+    async def go():
+        async with asyncio.timeout(20):
+            asked = [engine.generate(np.array([5, i], np.int32), 1, sampling()) for i in range(3)]
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_new_batch", broken)
+        assert [type(e) for e in asyncio.run(go())] == [MemoryError] * 3
+    assert [len(g) for g in asyncio.run(go())] == [1, 1, 1]

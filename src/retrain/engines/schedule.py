@@ -46,6 +46,11 @@ class Request:
         """Most tokens that one of its rows may come to hold."""
         return len(self.prompt_ids) + self.sampling.max_tokens
 
+    @property
+    def abandoned(self) -> bool:
+        """Does nobody wait for it any more? A deadline, a caller that went away, an event loop that was closed."""
+        return self.future.done() or self.future.get_loop().is_closed()
+
     def results(self) -> list[Completion]:
         """All completions in the members' order."""
         return [self.done[i] for i in range(self.n)]
@@ -163,7 +168,7 @@ class Batch:
 
         Where joining already finishes some (a first token may be the last), the draw is left to the next step.
         """
-        self._forget_cancelled()
+        self._forget_abandoned()
         done = self._admit()
         if done or not self._rows:
             return done
@@ -282,13 +287,15 @@ class Batch:
             self._parked.shrink(self._limits.kv_tokens - reserved - len(held))
             self._parked.add(self._arena.park(i, held))
 
-    def _forget_cancelled(self) -> None:
-        """Nobody waits for these any more: a deadline, or a caller that went away."""
-        if not any(r.future.done() for r in self._open.values()):
+    def _forget_abandoned(self) -> None:
+        abandoned = {i for i, r in self._open.items() if r.abandoned}
+        if not abandoned:
             return
-        self._open = {i: r for i, r in self._open.items() if not r.future.done()}
-        self._waiting = deque(r for r in self._waiting if not r.future.done())
-        leaving = [i for i, row in enumerate(self._rows) if row.request.future.done()]
+        for i in abandoned:
+            del self._open[i]
+        # As they were judged above: the loop may cancel one more at any moment.
+        self._waiting = deque(r for r in self._waiting if id(r) not in abandoned)
+        leaving = [i for i, row in enumerate(self._rows) if id(row.request) in abandoned]
         if leaving:
             self._leave(leaving)
 

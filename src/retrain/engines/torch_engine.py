@@ -8,7 +8,7 @@ real latency joins at whatever step its answer comes; ids then stay the same (th
 generator) but for logprobs' last bits and the rare token whose uniform lies on an edge.
 
 Every token's logprob (and entropy, when asked) comes from the temperature-scaled distribution before top-p. Leaves out:
-any kernel of our own.
+paged memory (a row is one piece of the arena) and an attention kernel of our own.
 """
 
 # torch, peft and safetensors are only partly typed: what they return is Any here.
@@ -73,7 +73,10 @@ class TorchEngine:
         self._batch: Batch | None = None
         self._lock = threading.Lock()
         self._waiting: list[Request] = []  # with the lock
-        self._running = False  # with the lock: somebody will look at what waits
+        # With the lock: will the thread look at what waits, and if not, which loops are about to make it? Such a loop
+        # may end before it gets there, so that every loop counts its own turns.
+        self._running = False
+        self._starting: set[asyncio.AbstractEventLoop] = set()
         self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="retrain-engine")
 
@@ -139,13 +142,20 @@ class TorchEngine:
         request = Request(prompt_ids, n, sampling, loop.create_future())
         with self._lock:
             self._waiting.append(request)
-            starts, self._running = not self._running, True
+            starts = not self._running and loop not in self._starting
+            if starts:
+                self._starting.add(loop)
         if starts:
             # Every attempt that was started together has queued its request by then.
             _after_turns(loop, self._start)
         return await request.future
 
     def _start(self) -> None:
+        with self._lock:
+            if not self._starting:
+                return  # another loop was first
+            self._starting.clear()
+            self._running = True
         self.asked = self.finished = 0
         try:
             self._thread.submit(self._run)
@@ -173,15 +183,19 @@ class TorchEngine:
         if policy is None:
             raise EngineError("the engine was asked to sample before it was given weights.")
         before = self.finished
+        new: list[Request] = []
         try:
             with torch.no_grad(), policy.mode(self._kind):
                 done: list[Request] = []
                 while not self._closed:
                     with self._lock:
-                        new, self._waiting = self._waiting, []
+                        new, self._waiting = [r for r in self._waiting if not r.abandoned], []
+                    if not new and self._batch is None:
+                        break
                     self.asked += sum(r.n for r in new)
                     batch = self._batch = self._batch or self._new_batch(policy, new)
                     batch.add(new)
+                    new = []
                     done = batch.step()
                     self.finished = before + batch.ended
                     self.kv_bytes = batch.bytes + self._parked.bytes
@@ -194,7 +208,7 @@ class TorchEngine:
                 else:
                     raise EngineError("the engine was closed while it was sampling.")
         finally:
-            left = self._batch.requests() if self._batch else []
+            left = [*(self._batch.requests() if self._batch else []), *new]
             self._batch = None
             self.kv_bytes = self._parked.bytes
             with self._lock:
