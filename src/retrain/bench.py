@@ -24,10 +24,11 @@ from retrain.algorithms import credit
 from retrain.config.load import LoadedConfig
 from retrain.config.schema import Config
 from retrain.errors import ModelError, UsageError
-from retrain.protocols import Renderer
+from retrain.protocols import Backend, Renderer, State
 from retrain.roofline import Floor, Peaks, Row, Shape, Work, decode, floor, learn, prefill
 from retrain.tracking.run_log import RunLog
 from retrain.training.build import facts, sampling_of
+from retrain.training.checkpoint import Checkpoints
 from retrain.training.loop import Parts, train
 from retrain.training.rollout import EventLoop
 from retrain.types import CreditedGroup
@@ -119,13 +120,13 @@ class _Log:
         return getattr(self.inner, name)
 
 
-class _NoCheckpoints:
-    """Takes every call and does nothing: a measurement saves nothing."""
+class _NoCheckpoints(Checkpoints):
+    """Saves nothing."""
 
-    def __getattr__(self, name: str) -> Any:
-        def nothing(*_: Any, **__: Any) -> None: ...
-
-        return nothing
+    def save(
+        self, step: int, backend: Backend, state: State, *, accuracy: float | None, selected_on: str
+    ) -> None:
+        """Nothing: a measurement leaves nothing behind."""
 
 
 def _timings(part: Any) -> dict[str, float]:
@@ -176,7 +177,7 @@ def measure(loaded: LoadedConfig, settings: Settings, *, progress: Progress) -> 
             schedule=schedule,
             sampling=sampling_of(config, renderer, temperature=config.training.temperature),
             evaluator=None,
-            checkpoints=cast(Any, _NoCheckpoints()),
+            checkpoints=_NoCheckpoints(folder, keep=1),
             log=cast(Any, log),
             events=events,
         )
