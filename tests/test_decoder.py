@@ -9,6 +9,7 @@ from retrain.adapter import Mode, attach
 from retrain.adapter_settings import LORA_TARGETS
 from retrain.attention import attention, band, one_sequence
 from retrain.decoder import LeanDecoder, StockDecoder, build
+from retrain.errors import ModelError
 from retrain.fused import FusedLinear
 
 torch.set_num_threads(1)
@@ -67,10 +68,10 @@ def slopes(decoder, adapter, length: int = 20) -> tuple[torch.Tensor, dict[str, 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_hidden_states_and_gradients_are_those_of_the_modules(name, recompute):
     model, layers, adapter, mode = adapted(name)
-    stock = StockDecoder(model, layers)
-    theirs, expected = slopes(stock, adapter)
     lean = build(model, layers, mode)
     assert isinstance(lean, LeanDecoder)
+    stock = StockDecoder(model, layers)
+    theirs, expected = slopes(stock, adapter)
     if recompute:
         lean.recompute_activations()
         stock.recompute_activations()
@@ -216,6 +217,82 @@ def test_an_unknown_layout_runs_on_the_modules():
         made.merge()
         mode.kind = "merged"
         torch.testing.assert_close(made(ids, torch.arange(15), one_sequence), expected, rtol=1e-4, atol=1e-4)
+
+
+REFUSED = {
+    "Qwen3_5Text": (
+        {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+        "side by side|of its 4 layers attend|differ",
+    ),
+    "Jamba": (
+        {"num_experts": 2, "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1},
+        "of its 4 layers attend|differ",
+    ),
+    "DiffLlama": ({}, "layers attend"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_remembers_by_more_than_attention_is_refused(name):
+    import transformers
+    from peft import LoraConfig
+
+    changes, message = REFUSED[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, name + "Config")(**{**SHAPE, "num_hidden_layers": 4}, **changes)
+    kind = getattr(transformers, name.removesuffix("Text") + "ForCausalLM")
+    model = kind._from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    mode = Mode()
+    targets = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    lora = LoraConfig(r=2, target_modules=[t for t in LORA_TARGETS if t in targets])
+    layers, _ = attach(model, lora, 0, mode)
+    with pytest.raises(ModelError, match=message):
+        build(model, layers, mode)
+    assert mode.kind == "adapter"
+
+
+def test_rotations_that_depend_on_the_other_sequences_are_refused():
+    import transformers
+
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**SHAPE, rope_parameters=rope))
+    with pytest.raises(ModelError, match="dynamic"):
+        build(model, {}, Mode())
+
+
+def test_two_models_do_not_share_what_they_attend_with():
+    """The second is loaded, used and dropped while the first is in use."""
+    first = adapted("Qwen3")
+    stock = StockDecoder(first[0], first[1])
+    ids, at = torch.arange(9), torch.arange(9)
+    with torch.no_grad():
+        expected = stock(ids, at, one_sequence)
+        other = adapted("Llama")
+        build(other[0], other[1], other[3])(ids, at, one_sequence)
+        del other
+        torch.testing.assert_close(stock(ids, at, one_sequence), expected, rtol=0, atol=0)
+    assert stock.attend is None
+    with pytest.raises(RuntimeError, match="outside of a pass"):
+        first[0](input_ids=ids[None])
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+def test_one_layer_alone_keeps_small_updates_beside_a_bias_in_bf16(spread):
+    from retrain.adapter import AdaptedLinear
+
+    torch.manual_seed(0)
+    base = torch.nn.Linear(64, 48, bias=True).to(torch.bfloat16).requires_grad_(False)
+    base.bias.copy_(torch.randn(48) * spread)
+    b = torch.nn.Parameter(torch.zeros(48, 4))
+    layer = AdaptedLinear(base, torch.nn.Parameter(torch.randn(4, 64) * 0.1), b, 2.0, Mode())
+    x = torch.randn(20000, 64).to(torch.bfloat16)
+    with torch.no_grad():
+        before = layer(x).double()
+        b.copy_(torch.randn(48, 4) * 2e-4)
+        moved = layer(x).double() - before
+        exact = (x.double() @ layer.a.double().T @ b.double().T) * 2.0
+    slope = float((moved * exact).sum() / exact.square().sum())
+    assert 0.93 < slope < 1.07
 
 
 @pytest.mark.parametrize(("queries", "keys", "length"), [(4, 2, 1), (4, 4, 1), (6, 2, 5), (3, 1, 4)])

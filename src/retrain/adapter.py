@@ -66,14 +66,15 @@ class AdaptedLinear(nn.Module):
         if mode.dropout:
             inputs = F.dropout(inputs, mode.dropout)
         delta = F.linear(F.linear(inputs, self.a), self.b * self.scale)
-        if bias is not None:
-            delta = delta + bias.float()
         rows, added = x.reshape(-1, x.shape[-1]), delta.reshape(-1, delta.shape[-1]).to(x.dtype)
         flat: Any = (
             _QuantizedProduct.apply(added, rows, base)
             if self.quantized
             else torch.addmm(added, rows, base.weight.T)
         )
+        if bias is not None:
+            # Not with the adapter's product: beside a bias on the coarse grid of bf16 a small update would be lost.
+            flat = flat + bias
         return flat.reshape(*x.shape[:-1], flat.shape[-1])
 
 

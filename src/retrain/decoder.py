@@ -10,7 +10,7 @@ Which one runs is decided by result: our pass is used where it reproduces the mo
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,9 +27,6 @@ log = logging.getLogger("retrain")
 
 _NAME = "retrain"
 _FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-_attends: dict[int, Attend] = {}
-"""What the modules of a model attend with, by the id of its configuration. It stays until the next forward pass: where
-activations are recomputed, the backward pass attends again."""
 
 
 class Decoder(Protocol):
@@ -55,7 +52,7 @@ class Decoder(Protocol):
 
 class StockDecoder:
     """The modules that transformers built, run as one row of N tokens; works for every model whose attention is
-    pluggable."""
+    pluggable and whose layers mix tokens by nothing else."""
 
     def __init__(self, model: Any, layers: Mapping[str, AdaptedLinear]) -> None:
         from transformers import AttentionInterface
@@ -67,16 +64,25 @@ class StockDecoder:
         self._layers = layers
         self._recompute = False
         self._backbone: Any = getattr(model, model.base_model_prefix)
+        self.attend: Attend | None = None
+        """What the modules attend with during a pass, and where activations are recomputed until the next one: the
+        backward pass attends again."""
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                module.retrain_decoder = self
 
     def __call__(self, ids_N: torch.Tensor, positions_N: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Hidden states (N, H)."""
-        _attends[id(self._model.config)] = attend
+        self.attend = attend
+        again = self._recompute and torch.is_grad_enabled()
         # transformers recomputes in training mode only; dropout is switched off in every module.
-        self._model.train(self._recompute and torch.is_grad_enabled())
+        self._model.train(again)
         try:
             out = self._backbone(input_ids=ids_N[None], position_ids=positions_N[None], use_cache=False)
         finally:
             self._model.eval()
+            if not again:
+                self.attend = None
         return out.last_hidden_state[0]
 
     @property
@@ -112,13 +118,17 @@ def _attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **how: Any
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in every layer, for one row: (1, heads, N, D) each."""
-    if how.get("softcap"):
-        raise ModelError(
-            "the model caps its attention scores (softcap), which no kernel here does.",
-            fix="use a model of the Qwen, Llama or Mistral family.",
-        )
+    for what, name in (("softcap", "caps its attention scores"), ("s_aux", "attends to learned sinks")):
+        if how.get(what) is not None and how[what] is not False:
+            raise ModelError(
+                f"the model {name} ({what}), which no kernel here does.",
+                fix="use a model of the Qwen, Llama or Mistral family.",
+            )
+    attend: Attend | None = module.retrain_decoder.attend
+    if attend is None:
+        raise RuntimeError("a module attends outside of a pass of its decoder")
     scale, window = how.get("scaling"), how.get("sliding_window")
-    out = _attends.get(id(module.config), one_sequence)(
+    out = attend(
         module.layer_idx,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -250,27 +260,18 @@ def _layer(
     )
 
 
-def build(
-    model: Any, layers: Mapping[str, AdaptedLinear], mode: Mode, *, native: bool | None = None
-) -> Decoder:
-    """Our own pass where the model's layers have the known layout and it reproduces the modules on a few tokens, to
-    1e-4 of the hidden states' norm (0.1 in bf16); else the modules. ``native`` overrides whether products run in bf16."""
-    stock = StockDecoder(model, layers)
-    backbone: Any = getattr(model, model.base_model_prefix)
-    blocks = list(getattr(backbone, "layers", ()))
-    known = bool(blocks) and all(type(b).__name__ in _FAMILIES for b in blocks)
-    config = model.config
-    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    fixed = rope.get("rope_type", "default") in ("default", "linear", "llama3", "yarn")
-    if not (known and fixed and config.hidden_act == "silu"):
-        log.info("Model type %s runs on transformers' own modules.", config.model_type)
-        return stock
-    device = backbone.embed_tokens.weight.device
-    ids = torch.arange(3, 27, device=device) * 7919 % int(config.vocab_size)
-    positions = torch.arange(len(ids), device=device)
-    seen: dict[int, tuple[float, int | None]] = {}
+class _Watch:
+    """``Attend`` of a check: two sequences beside each other, the first ``split`` tokens long, or the rest of one after
+    what an earlier pass has kept. Records how each layer attends."""
 
-    def watch(
+    def __init__(self, split: int, past: _Watch | None = None) -> None:
+        self.layers: dict[int, tuple[float, int | None]] = {}
+        self.calls = 0
+        self._split, self._past = split, past
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(
+        self,
         layer: int,
         q_NHD: torch.Tensor,
         k_NKD: torch.Tensor,
@@ -279,26 +280,101 @@ def build(
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        seen[layer] = (scale, window)
-        return one_sequence(layer, q_NHD, k_NKD, v_NKD, scale=scale, window=window)
+        """(N, H, D)."""
+        self.layers[layer] = (scale, window)
+        self.calls += 1
+        how: dict[str, Any] = {"scale": scale, "window": window}
+        if self._past is None:
+            self.kept[layer] = k_NKD, v_NKD
+            cuts = [slice(0, self._split)]
+            if len(q_NHD) > self._split:
+                cuts.append(slice(self._split, None))
+            return torch.cat([one_sequence(layer, q_NHD[c], k_NKD[c], v_NKD[c], **how) for c in cuts])
+        keys, values = self._past.kept[layer]
+        at = len(keys)
+        q = torch.cat([q_NHD.new_zeros((at, *q_NHD.shape[1:])), q_NHD])
+        return one_sequence(layer, q, torch.cat([keys, k_NKD]), torch.cat([values, v_NKD]), **how)[at:]
 
+
+def _gap(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    return float((theirs.float() - ours.float()).norm() / theirs.float().norm())
+
+
+@torch.no_grad()
+def _agrees(
+    run: Decoder, ids_N: torch.Tensor, split: int, theirs: Sequence[torch.Tensor], bound: float
+) -> str:
+    """Why a pass is not the model's: "" where two sequences side by side, and one whose end comes later, get the hidden
+    states that the model's own pass gave each of them."""
+    first, second = ids_N[:split], ids_N[split:]
+    at = torch.arange(len(ids_N), device=ids_N.device)
+    out = run(ids_N, torch.cat([at[:split], at[: len(second)]]), _Watch(split))
+    if (gap := max(_gap(t, o) for t, o in zip(theirs, out.split((split, len(second))), strict=True))) > bound:
+        return f"hidden states differ by {gap:.2g} of their norm"
+    early = _Watch(split - 3)
+    run(first[:-3], at[: split - 3], early)
+    late = run(first[-3:], at[split - 3 : split], _Watch(3, early))
+    if (gap := _gap(theirs[0][-3:], late)) > bound:
+        return f"tokens that come later differ by {gap:.2g}: something besides attention remembers"
+    return ""
+
+
+@torch.no_grad()
+def build(
+    model: Any, layers: Mapping[str, AdaptedLinear], mode: Mode, *, native: bool | None = None
+) -> Decoder:
+    """Our own pass where the model's layers have the known layout and it reproduces the modules, else the modules;
+    ModelError where they do not reproduce themselves with a plugged attention: their layers mix tokens by more than that.
+
+    Reproducing is to give the hidden states of the model's own pass, to 1e-4 of their norm (0.1 in bf16, where both round
+    at different places). ``native`` overrides whether products run in bf16.
+    """
+    config = model.config
+    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        raise ModelError(
+            f"the model's rotations are of type {rope['rope_type']}: they change with the longest sequence in a pass, and with "
+            "them what every other sequence means.",
+            fix='use a model whose rope_type is "default", "linear", "llama3" or "yarn".',
+        )
+    backbone: Any = getattr(model, model.base_model_prefix)
+    embedding: torch.Tensor = model.get_input_embeddings().weight
+    bound = 1e-4 if embedding.dtype == torch.float32 else 0.1
+    split = 24
+    ids = torch.arange(3, 3 + split + 17, device=embedding.device) * 7919 % int(config.vocab_size)
     before, mode.kind = mode.kind, "base"
     try:
-        with torch.no_grad():
-            theirs = stock(ids, positions, watch).float()
-            lean = LeanDecoder(model, seen, mode, native=native)
-            ours = lean(ids, positions, one_sequence).float()
+        # Before anything is plugged in.
+        theirs = [
+            backbone(input_ids=part[None], use_cache=False).last_hidden_state[0]
+            for part in (ids[:split], ids[split:])
+        ]
+        stock = StockDecoder(model, layers)
+        watch = _Watch(split)
+        stock(ids[:split], torch.arange(split, device=ids.device), watch)
+        depth = int(config.num_hidden_layers)
+        wrong = _agrees(stock, ids, split, theirs, bound)
+        if watch.calls != depth or sorted(watch.layers) != list(range(depth)):
+            wrong = f"{watch.calls} of its {depth} layers attend by the interface of transformers"
+        if wrong:
+            raise ModelError(
+                f"the model type {config.model_type!r} cannot be run here: {wrong}.",
+                fix="use a model whose layers mix tokens by attention alone (Qwen, Llama, Mistral, Gemma, OLMo and most others).",
+            )
+        blocks = list(getattr(backbone, "layers", ()))
+        known = bool(blocks) and all(type(b).__name__ in _FAMILIES for b in blocks)
+        if not (known and config.hidden_act == "silu"):
+            log.info("Model type %s runs on transformers' own modules.", config.model_type)
+            return stock
+        lean = LeanDecoder(model, watch.layers, mode, native=native)
+        wrong = _agrees(lean, ids, split, theirs, bound)
     finally:
         mode.kind = before
-    # In bf16 both round, at different places; another layout or a forgotten term is off by far more than this.
-    bound = 1e-4 if backbone.embed_tokens.weight.dtype == torch.float32 else 0.1
-    gap = float((theirs - ours).norm() / theirs.norm())
-    if gap <= bound:
+    if not wrong:
         return lean
     log.warning(
-        "Model type %s: the fast forward pass differs from transformers' by %.2g of the hidden states' norm; using "
-        "transformers' modules, which are slower.",
+        "Model type %s: the fast forward pass is not the model's (%s); using transformers' modules, which are slower.",
         config.model_type,
-        gap,
+        wrong,
     )
     return stock

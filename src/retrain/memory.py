@@ -27,9 +27,11 @@ def _class_gb(device: torch.device) -> int:
     return max((c for c in _MEMORY_CLASSES_GB if c * 0.93 <= total), default=_MEMORY_CLASSES_GB[0])
 
 
-def merged_copies_fit(parameters: int, device: torch.device) -> bool:
-    """May float32 sampling hold merged copies beside the base? Where both leave 40 % of the memory class."""
-    return 2 * 4 * parameters <= 0.6 * _class_gb(device) * 2**30
+def merged_copies_fit(parameters: int, device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+    """May sampling hold merged float32 copies beside the base? Where both leave 40 % of the memory class. A bf16 base
+    whose products are float32 is held in both formats."""
+    held = 4 if dtype == torch.float32 else 4 + dtype.itemsize
+    return (held + 4) * parameters <= 0.6 * _class_gb(device) * 2**30
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,10 +98,10 @@ class Policy:
         self.peft_config = lora
         self.parameters_total = int(model.num_parameters())
         model.requires_grad_(False)
-        self.layers, self.adapter = attach(model, lora, seed, self._mode)
-        self._decoder: Decoder = build_decoder(model, self.layers, self._mode)
         self.head = Head(model.get_output_embeddings())
         self._check_head()
+        self.layers, self.adapter = attach(model, lora, seed, self._mode)
+        self._decoder: Decoder = build_decoder(model, self.layers, self._mode)
         self._check_untouched()
 
     @property
@@ -136,7 +136,7 @@ class Policy:
         """Prepare ``merged`` mode from the untouched base: merged weights where products are float32, else (rounding
         would eat small updates) the adapter's factors as they are multiplied. False where the copies would not fit the
         device's memory class: sample in ``adapter`` mode then."""
-        if not merged_copies_fit(self.parameters_total, self.device) and self._decoder.mergeable:
+        if self._decoder.mergeable and not merged_copies_fit(self.parameters_total, self.device, self.dtype):
             return False
         self._decoder.merge()
         return True
@@ -249,10 +249,10 @@ class Policy:
         if getattr(self.model.config, "final_logit_softcapping", None):
             raise self._changed_logits()
         ids = torch.arange(1, 5, device=self.device)[None] % int(self.model.config.vocab_size)
-        with torch.no_grad(), self.mode("base"):
+        with torch.no_grad():
             theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
-            positions = torch.arange(ids.shape[1], device=self.device)
-            ours = self.head.logits(self.forward(ids[0], positions, one_sequence))
+            backbone: Any = getattr(self.model, self.model.base_model_prefix)
+            ours = self.head.logits(backbone(input_ids=ids, use_cache=False).last_hidden_state[0])
         bound = 1e-3 if self.dtype == torch.float32 else 0.05 * float(theirs.abs().max())
         if float((theirs - ours).abs().max()) > bound:
             raise self._changed_logits()
