@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from retrain.engines.arena import Arena, Decode, Job, Prefill
+from retrain.attention import attention
+from retrain.engines import arena as arenas
+from retrain.engines.arena import Arena, Decode, Job, Prefill, folded_attention
 from retrain.engines.prefixes import ParkingLot, shared_beginnings
 
 torch.set_num_threads(1)
@@ -26,7 +28,7 @@ class Sequences:
     def __init__(self, lengths, window):
         torch.manual_seed(0)
         self.q, self.k, self.v = ([torch.randn(n, heads, D) for n in lengths] for heads in (H, K, K))
-        self.window, self.arena = window, Arena()
+        self.window, self.arena, self.grouped = window, Arena(), True
         self.arena.resize(8, 64, 0, 0)
 
     def check(self, i, out_HD, at):
@@ -37,6 +39,7 @@ class Sequences:
         """(sequence, from, to, rows) each."""
         jobs = [Job(np.arange(a, b, dtype=np.int32), a, rows, i) for i, a, b, rows in parts]
         attend = Prefill(self.arena, jobs, torch.device("cpu"))
+        attend._grouped = self.grouped
         flat = [torch.cat([x[i][a:b] for i, a, b, _ in parts]) for x in (self.q, self.k, self.v)]
         assert attend.positions_N.tolist() == [t for _, a, b, _ in parts for t in range(a, b)]
         assert attend.last()[1] == [i for i, *_ in parts]
@@ -81,6 +84,39 @@ def test_every_way_of_attending_equals_a_plain_softmax(window):
     other.arena.restore(parked, [0, 4], 28)
     other.q[0], other.k[0], other.v[0] = s.q[3], s.k[3], s.v[3]
     other.decode([28], 29)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 9])
+@pytest.mark.parametrize(("queries", "cells"), [(3, 2**26), (1024, 130), (7, 400)])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_queries_that_need_masks_are_computed_in_pieces(monkeypatch, window, queries, cells, grouped):
+    monkeypatch.setattr(arenas, "_QUERIES", queries)
+    monkeypatch.setattr(arenas, "_CELLS", cells)
+    monkeypatch.setattr(arenas, "_KEYS", 64)
+    seen = []
+
+    def kernel(q, k, v, **how):
+        if (mask := how.get("mask")) is not None:
+            seen.append((q.shape[2], mask.numel()))
+        return attention(q, k, v, **how)
+
+    monkeypatch.setattr(arenas, "attention", kernel)
+    s = Sequences([40, 12, 33, 40], window)
+    s.grouped = grouped
+    s.prefill([(0, 0, 20, (0,)), (1, 0, 3, (1, 5)), (2, 0, 30, (2,)), (3, 0, 1, (3,))])
+    s.prefill([(0, 20, 38, (0,)), (1, 3, 4, (1,)), (3, 1, 25, (3,))])
+    s.prefill([(0, 38, 40, (0,)), (3, 25, 27, (3,)), (2, 30, 32, (2,))])
+    assert max(q for q, _ in seen) <= queries * (1 if grouped else H // K)
+    assert max(n for _, n in seen) <= cells
+
+
+def test_heads_folded_into_queries_attend_as_grouped_ones():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, H, 7, D), torch.randn(3, K, 20, D), torch.randn(3, K, 20, D)
+    mask = torch.rand(3, 1, 7, 20) > 0.5
+    mask[..., 0] = True
+    got, want = (f(q, k, v, scale=SCALE, mask=mask) for f in (folded_attention, attention))
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
 
 def test_eight_bits_round_by_at_most_a_sixteenth():

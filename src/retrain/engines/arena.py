@@ -21,6 +21,10 @@ from retrain.types import IntArray
 _FLOAT8_MAX = 448.0
 _CELLS = 2**26
 """Most entries of one prefill mask."""
+_QUERIES = 1024
+"""Queries of one call where each needs a mask."""
+_KEYS = 2**16
+"""Most keys that are gathered from rows of the arena at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +195,22 @@ class Decode:
         return mask.masked_fill_(hidden, float("-inf"))[:, None, None]
 
 
+def folded_attention(
+    q_BHWD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor, *, scale: float, mask: torch.Tensor
+) -> torch.Tensor:
+    """``attention`` with the heads of a group as further queries of their one key head; ``mask`` (B, 1, W, S).
+
+    On CUDA only the flash kernel knows grouped heads, and it takes no mask and no float32: without this, all scores of
+    all heads would be written out, or every key copied for each of its heads.
+    """
+    batch, heads, width, size = q_BHWD.shape
+    groups = k_BKSD.shape[1]
+    times = heads // groups
+    q = q_BHWD.reshape(batch, groups, times * width, size)
+    out = attention(q, k_BKSD, v_BKSD, scale=scale, mask=mask.repeat(1, 1, times, 1))
+    return out.reshape(q_BHWD.shape)
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """Tokens to compute: ``token_ids_T`` come after ``past`` tokens that row ``rows[0]`` holds; their keys and values go
@@ -211,7 +231,9 @@ class _Run:
     tokens_N: torch.Tensor
     flat_N: torch.Tensor
     past_B: torch.Tensor
-    rows_B: torch.Tensor
+    rows: slice | torch.Tensor
+    least: int  # of past_B
+    most: int
     span: int  # 0: nothing came before
 
 
@@ -220,10 +242,11 @@ class Prefill:
 
     def __init__(self, arena: Arena, jobs: Sequence[Job], device: torch.device) -> None:
         self._arena, self._jobs, self._device = arena, jobs, device
+        self._grouped = device.type == "cpu"  # every kernel knows grouped heads
         self._starts = np.cumsum([0, *(len(j.token_ids_T) for j in jobs)])
         self._written: tuple[torch.Tensor, torch.Tensor] | None = None
         self._runs = [self._run(group) for group in self._groups()]
-        self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     @property
     def ids_N(self) -> torch.Tensor:
@@ -263,16 +286,52 @@ class Prefill:
         for i, run in enumerate(self._runs):
             q = q_NHD[run.at_BW].transpose(1, 2)
             if run.span:
-                k, v = self._arena.read(layer, run.rows_B, run.span, q.dtype)
+                k, v = self._arena.read(layer, run.rows, run.span, q.dtype)
             else:
                 k, v = k_NKD[run.at_BW].transpose(1, 2), v_NKD[run.at_BW].transpose(1, 2)
-            key = (i, window)
-            if key not in self._masks:
-                self._masks[key] = self._mask(run, window)
-            mask = self._masks[key]
-            got = attention(q, k, v, scale=scale, causal=mask is None, mask=mask)
+            got = self._attend(i, q, k, v, scale, window)
             out[run.tokens_N] = got.transpose(1, 2).flatten(0, 1)[run.flat_N]
         return out
+
+    def _attend(
+        self,
+        number: int,
+        q_BHWD: torch.Tensor,
+        k_BKSD: torch.Tensor,
+        v_BKSD: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """(B, H, W, D) of run ``number``: plainly causal, or where each query needs a mask one piece of them after the other."""
+        run = self._runs[number]
+        (batch, heads, width, _), span = q_BHWD.shape, k_BKSD.shape[2]
+        if window is not None and window >= span:
+            window = None
+        plain = not run.span and window is None
+        groups = k_BKSD.shape[1]
+        if plain:
+            if not self._grouped and heads != groups and q_BHWD.dtype == torch.float32:
+                k_BKSD, v_BKSD = (x.repeat_interleave(heads // groups, 1) for x in (k_BKSD, v_BKSD))
+            return attention(q_BHWD, k_BKSD, v_BKSD, scale=scale, causal=True)
+        masked, times = (
+            (attention, 1) if self._grouped or heads == groups else (folded_attention, heads // groups)
+        )
+        size = max(1, min(_QUERIES, _CELLS // (batch * span * times)))
+        parts: list[torch.Tensor] = []
+        for first in range(0, width, size):
+            last = min(first + size, width)
+            start = max(0, run.least + first - window + 1) if window is not None else 0
+            stop = min(span, run.most + last)
+            key = (number, window)
+            mask = self._masks.get(key)
+            if mask is None:
+                mask = self._mask(run, window, (first, last), (start, stop))
+                if size >= width:
+                    # The pieces of a longer one are made anew in every layer: together they may be large.
+                    self._masks[key] = mask
+            k, v = k_BKSD[:, :, start:stop], v_BKSD[:, :, start:stop]
+            parts.append(masked(q_BHWD[:, :, first:last], k, v, scale=scale, mask=mask))
+        return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
     def _places(self, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Which tokens are stored (M), once for every row they go to, and where (M * K)."""
@@ -304,6 +363,7 @@ class Prefill:
                 widest = max(span, *(self._jobs[g].past + len(self._jobs[g].token_ids_T) for g in groups[-1]))
                 cells = (len(groups[-1]) + 1) * length * widest
                 near = length <= max(32, 1.5 * len(first.token_ids_T)) and cells <= _CELLS
+                near &= not job.past or (len(groups[-1]) + 1) * widest <= _KEYS
                 if near and (first.past > 0) == (job.past > 0):
                     groups[-1].append(i)
                     continue
@@ -317,27 +377,30 @@ class Prefill:
         inside = np.minimum(np.arange(lengths.max())[None], lengths[:, None] - 1)
         valid = np.arange(lengths.max())[None] < lengths[:, None]
         at = starts[:, None] + inside
-        past = max(j.past for j in jobs)
-        span = max(j.past + len(j.token_ids_T) for j in jobs) if past else 0
+        rows = [j.rows[0] for j in jobs]
+        most = max(j.past for j in jobs)
+        span = max(j.past + len(j.token_ids_T) for j in jobs) if most else 0
         return _Run(
             self._tensor(at),
             self._tensor(at[valid]),
             self._tensor(np.flatnonzero(valid)),
             self._tensor(np.array([j.past for j in jobs])),
-            self._tensor(np.array([j.rows[0] for j in jobs])),
+            # One row is read where it lies.
+            self._tensor(np.array(rows)) if len(rows) > 1 else slice(rows[0], rows[0] + 1),
+            min(j.past for j in jobs),
+            most,
             span,
         )
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(values, device=self._device)
 
-    def _mask(self, run: _Run, window: int | None) -> torch.Tensor | None:
-        """(B or 1, 1, W, S) bool, True where a token sees; None where that is plain causal."""
-        width = run.at_BW.shape[1]
-        if not run.span and (window is None or window >= width):
-            return None
-        at = torch.arange(run.span or width, device=self._device)
-        place = run.past_B[:, None] + torch.arange(width, device=self._device)
+    def _mask(
+        self, run: _Run, window: int | None, queries: tuple[int, int], keys: tuple[int, int]
+    ) -> torch.Tensor:
+        """(B, 1, queries, keys) bool of half-open ranges of the run's queries and keys, True where a token sees."""
+        at = torch.arange(*keys, device=self._device)
+        place = run.past_B[:, None] + torch.arange(*queries, device=self._device)
         back = place[:, :, None] - at
         seen = back >= 0
         if window is not None:
