@@ -80,8 +80,13 @@ class Collected:
     @property
     def reward_errors(self) -> int:
         """Rewards that failed, of rollouts that did not."""
-        pairs = ((r, s) for g in self.groups_P for r, s in zip(g.rollouts_G, g.scores_G, strict=True))
-        return sum(bool(s.error) and r.stop != "error" for r, s in pairs)
+        return sum(len(_failures(group.rollouts_G, group.scores_G)) for group in self.groups_P)
+
+
+def _failures(rollouts_G: Sequence[Rollout], scores_G: Sequence[Score]) -> list[str]:
+    """Errors of a group's rewards; a rollout that broke is not the reward's."""
+    pairs = zip(rollouts_G, scores_G, strict=True)
+    return [score.error for rollout, score in pairs if score.error and rollout.stop != "error"]
 
 
 async def sample(
@@ -120,18 +125,24 @@ class RewardErrors:
         self._known = total > 0
         self._total = total
         self._failed: list[str] = []
+        self._first = ""
 
     def expect(self, rewards: int) -> None:
         """So many more rewards are about to be computed."""
         if not self._known:
             self._total += rewards
 
-    def add(self, failed: Sequence[str], reward: Reward) -> None:
+    def see(self, failed: Sequence[str], reward: Reward) -> None:
+        """Keep what the reward knows of the first failure; it forgets that when it scores anew."""
+        if failed and not self._first:
+            self._first = getattr(reward, "first_traceback", "") or failed[0]
+
+    def add(self, failed: Sequence[str]) -> None:
         """Count failures; RewardError as soon as more than the rate's share of all rewards have failed: that is a
         broken reward, not a bad policy, and the rest need not be waited for."""
         self._failed.extend(failed)
         if len(self._failed) > self._max_rate * self._total:
-            detail: str = getattr(reward, "first_traceback", "") or self._failed[0]
+            detail = self._first or self._failed[0]
             raise RewardError(
                 f"{len(self._failed)} of {self._total} rewards of this step failed (reward.max_error_rate = "
                 f"{self._max_rate:g}). The first one:\n{detail.rstrip()}\n",
@@ -147,9 +158,12 @@ class Scoring:
         self._reward = reward
         self._errors = errors
         self._running: dict[int, asyncio.Task[list[Score]]] = {}
+        self._stopped = False
 
     def begin(self, p: int, rollouts: list[Rollout]) -> None:
-        """Start to score task p's rollouts; called on the event loop."""
+        """Start to score task p's rollouts, unless all was given up; called on the event loop."""
+        if self._stopped:
+            return
         self._running[p] = asyncio.create_task(self._score(self._tasks_P[p], rollouts))
         # Asked for its exception in any case: where sampling breaks, nobody waits for the scores.
         self._running[p].add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -158,6 +172,7 @@ class Scoring:
         scores = await self._reward.score(task, rollouts)
         if len(scores) != len(rollouts):
             raise RewardError(f"the reward returned {len(scores)} scores for {len(rollouts)} rollouts.")
+        self._errors.see(_failures(rollouts, scores), self._reward)
         return scores
 
     async def results(self, rollouts_P_G: Sequence[Sequence[Rollout]]) -> list[list[Score]]:
@@ -166,8 +181,7 @@ class Scoring:
 
         async def one(p: int) -> list[Score]:
             scores = await self._running[p]
-            pairs = zip(rollouts_P_G[p], scores, strict=True)
-            self._errors.add([s.error for r, s in pairs if s.error and r.stop != "error"], self._reward)
+            self._errors.add(_failures(rollouts_P_G[p], scores))
             return scores
 
         try:
@@ -178,7 +192,8 @@ class Scoring:
         return [task.result() for task in waiting]
 
     async def stop(self) -> None:
-        """Give up what is still being scored."""
+        """Give up what is still being scored, and what would be from now on."""
+        self._stopped = True
         for task in self._running.values():
             task.cancel()
 
