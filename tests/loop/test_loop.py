@@ -76,6 +76,49 @@ def rows_of(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_the_sampler_gives_its_memory_back_after_a_steps_sampling_and_before_its_update(
+    make_config, make_parts
+):
+    """Not between the rounds of one step: what a round has sampled may still be gone on from in the next."""
+    order = []
+
+    class Engine(FakeEngine):
+        async def generate(self, prompt_ids, n, sampling):
+            order.append("sample")
+            return await super().generate(prompt_ids, n, sampling)
+
+        def release(self):
+            order.append("release")
+
+    class Backend(FakeBackend):
+        def train_step(self, batch, optim):
+            order.append("train")
+            return super().train_step(batch, optim)
+
+    config = make_config(
+        training={
+            "max_steps": 2, "batch_size": 2, "group_size": 64, "max_tokens": 1, "min_signal": 1.0, "max_oversample": 2.0,
+        }
+    )  # fmt: skip
+    silent = Silent(every=2)
+    parts, _, _ = make_parts(config, engine=Engine(), backend=Backend(positions=1), reward=silent)
+    assert train(config, parts, threading.Event()) == "done"
+    assert order == 2 * [*4 * ["sample"], "release", "train"]
+
+
+class Silent:
+    """Rewards differ in the groups of every so many tasks only."""
+
+    bounds = (0.0, 1.0)
+
+    def __init__(self, every):
+        self._every = every
+
+    async def score(self, task, rollouts_G):
+        mixed = task.draw % self._every == 0
+        return [Score(float(mixed and r.member % 2 == 0)) for r in rollouts_G]
+
+
 def test_the_fake_policy_really_learns(config, make_parts):
     parts, run, sink = make_parts(config)
     assert train(config, parts, threading.Event()) == "done"
@@ -345,12 +388,72 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(confi
 
     def save(*arguments, **options):
         real(*arguments, **options)
-        parts.checkpoints._writer.join(30)
+        parts.checkpoints._writing.exception(30)
 
     parts.checkpoints.save = save
     with pytest.raises(OSError, match="No space left"):
         train(config, parts, threading.Event())
     assert len(rows_of(run)) == 10
+
+
+class BreaksIn(FakeReward):
+    """Fails from one step on, and says so before."""
+
+    def __init__(self, step):
+        self.calls, self.step, self.broken = 0, step, threading.Event()
+
+    async def score(self, task, rollouts_G):
+        self.calls += 1
+        if self.calls > 4 * self.step:
+            self.broken.set()
+            return [Score.failed("the reward broke") for _ in rollouts_G]
+        return await super().score(task, rollouts_G)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_write_that_failed_hides_no_error_and_costs_no_checkpoint(config, make_parts, caplog, step):
+    reward = BreaksIn(step)
+
+    class Hiccup(FakeBackend):
+        tries = 0
+
+        def snapshot(self):
+            self.tries += 1
+            first, frozen = self.tries == 1, FakeBackend(positions=1)
+            frozen.table, frozen.version = self.table.copy(), self.version
+
+            def write(directory):
+                if first:
+                    assert reward.broken.wait(30)
+                    raise OSError(5, "hiccup", str(directory))
+                frozen.save(directory)
+
+            return write
+
+    often = config.model_copy(update={"training": config.training.model_copy(update={"save_every": 2})})
+    parts, run, _ = make_parts(often, backend=Hiccup(positions=1), reward=reward)
+    with pytest.raises(RewardError, match="the reward broke"):
+        train(often, parts, threading.Event())
+    assert sum("hiccup" in r.message for r in caplog.records) == 1
+    assert [p.name for p in (run / "checkpoints").iterdir() if p.suffix != ".tmp"] == [f"step_00000{step}"]
+    assert parts.checkpoints.newest()[1]["tasks"]["draw"] == 4 * step
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_disk_that_stays_full_does_not_hide_the_error_of_the_step(config, make_parts, caplog, behind):
+    class Full(FakeBackend):
+        def save(self, directory):
+            raise OSError(28, "No space left on device", str(directory))
+
+    class FullBehind(Full):
+        def snapshot(self):
+            return self.save
+
+    backend = (FullBehind if behind else Full)(positions=1)
+    parts, _, _ = make_parts(config, backend=backend, reward=BreaksIn(3))
+    with pytest.raises(RewardError, match="the reward broke"):
+        train(config, parts, threading.Event())
+    assert sum("No space left" in r.message for r in caplog.records) == 1
 
 
 def test_groups_are_scored_while_others_are_sampled(config, make_parts):

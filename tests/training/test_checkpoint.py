@@ -210,7 +210,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_wherever_one_asks(tmp_p
     def save_another():
         checkpoints.save(2, backend, {}, accuracy=None, selected_on="")
 
-    checkpoints._writer.join(30)
+    checkpoints._writing.exception(30)
     with pytest.raises(OSError, match="no room"):
         {"check": checkpoints.check, "wait": checkpoints.wait, "save": save_another, "end": end}[asked]()
     checkpoints.wait()  # said once
@@ -227,3 +227,55 @@ def test_the_first_error_is_the_one_that_is_raised(tmp_path, caplog):
     with pytest.raises(ValueError, match="the step broke"):
         run()
     assert "no room" in caplog.text
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from retrain.training.checkpoint import Checkpoints
+
+gate, kept = threading.Event(), threading.Event()
+
+class Slow:
+    def snapshot(self):
+        def write(directory):
+            assert gate.wait(30)
+            (directory / "x").write_text("a")
+        return write
+
+def interrupt():
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.3)
+    gate.set()
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+run = Path(sys.argv[1])
+try:
+    with Checkpoints(run, keep=1) as checkpoints:
+        checkpoints.save(1, Slow(), {}, accuracy=None, selected_on="")
+        threading.Thread(target=interrupt).start()
+        checkpoints.wait()
+except KeyboardInterrupt:
+    print("interrupted, written:", (run / "trainer_state.json").exists())
+"""
+
+
+def test_ctrl_c_while_waiting_leaves_the_writer_to_its_end(tmp_path):
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "run")],
+        check=False, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "interrupted, written: True\n"), done.stderr
+
+
+def test_what_kept_a_checkpoint_from_completion_is_logged_where_another_error_counts(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints.save(1, Copying(broken="no room"), {}, accuracy=None, selected_on="")
+    checkpoints.settle()
+    assert "no room" in caplog.text
+    checkpoints.save(2, Copying(), {}, accuracy=None, selected_on="")
+    checkpoints.wait()
+    assert checkpoints.newest()[0].name == "step_000002"

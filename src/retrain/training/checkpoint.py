@@ -14,6 +14,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -52,8 +53,7 @@ class Checkpoints:
         self._root = run_dir / layout.CHECKPOINTS
         self._keep = keep
         self._best: dict[str, Any] | None = None
-        self._writer: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._writing: Future[None] | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -61,13 +61,10 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        if error is None:
             self.wait()
-        except Exception as failure:
-            if error is None:
-                raise
-            # The first error is the one to show.
-            log.warning("A checkpoint could not be written: %s", failure)
+        else:
+            self.settle()
 
     def save(
         self, step: int, backend: Backend, state: State, *, accuracy: float | None, selected_on: str
@@ -96,29 +93,42 @@ class Checkpoints:
         if snapshot is None:
             self._write(step, backend.save, text, best)
             return
-        self._writer = threading.Thread(
-            target=self._guarded, args=(step, snapshot(), text, best), name="retrain-checkpoint"
-        )
-        self._writer.start()
+        write, done = snapshot(), Future[None]()
+
+        def work() -> None:
+            try:
+                self._write(step, write, text, best)
+            except BaseException as failure:  # noqa: BLE001 - raised again by the thread that waits
+                done.set_exception(failure)
+            else:
+                done.set_result(None)
+
+        threading.Thread(target=work, name="retrain-checkpoint").start()
+        self._writing = done
 
     def wait(self) -> None:
         """Wait until the checkpoint in flight is complete; raises what kept it from becoming so."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
-        self.check()
+        if self._writing is not None:
+            # Not by joining the thread: a join that Ctrl-C interrupts takes the thread for ended (Python 3.11).
+            failure = self._writing.exception()
+            self._writing = None
+            if failure is not None:
+                raise failure
 
     def check(self) -> None:
         """Raise what kept the checkpoint in flight from completion, if that is known by now."""
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        if self._writing is not None and self._writing.done():
+            self.wait()
 
-    def _guarded(self, *arguments: Any) -> None:
+    def settle(self) -> bool:
+        """Wait like ``wait``, where another error is the one to show: what kept the checkpoint in flight from completion
+        is logged, and the answer False."""
         try:
-            self._write(*arguments)
-        except Exception as error:  # noqa: BLE001 - raised again by the thread that waits
-            self._failure = error
+            self.wait()
+        except Exception as failure:  # noqa: BLE001 - whatever it is, it came second
+            log.warning("A checkpoint could not be written: %s", failure)
+            return False
+        return True
 
     def _write(
         self, step: int, write: Callable[[Path], None], state: str, best: Mapping[str, Any] | None

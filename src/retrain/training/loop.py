@@ -96,11 +96,15 @@ def _train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done
             # A step that broke before its update leaves the learner where the step began; one that broke
             # after it has been counted.
             unfinished = counters.step == before["counters"]["step"]
+            written = parts.checkpoints.settle()
             if unfinished and parts.backend.publish().version != parts.loaded:
                 # Some of a step's updates were made: what the learner is now belongs to no completed step.
-                log.warning("Step %d broke between its updates: resuming starts at an earlier checkpoint.", counters.step)
-            elif not (unfinished and saved_at == counters.step):
-                _save(parts, before if unfinished else _state(parts), accuracy=None)
+                log.warning(
+                    "Step %d broke between its updates: resuming starts at an earlier checkpoint.",
+                    counters.step,
+                )
+            elif not (unfinished and written and saved_at == counters.step):
+                _save_in_spite(parts, before if unfinished else _state(parts))
             raise
         if last or (training.save_every and done % training.save_every == 0):
             _save(parts, _state(parts), accuracy=accuracy)
@@ -127,6 +131,8 @@ def _step(config: Config, parts: Parts) -> None:
         min_signal=training.min_signal, max_oversample=training.max_oversample,
         mask_truncated=parts.algorithm.mask_truncated,
     )  # fmt: skip
+    if release := getattr(parts.engine, "release", None):
+        release()
     sepa_lambda = parts.schedule.lambda_at(step)
     gate_open = parts.schedule.gate_open
     groups_P = credit_step(got.groups_P, parts.algorithm, sepa_lambda)
@@ -224,3 +230,11 @@ def _save(parts: Parts, state: State, *, accuracy: float | None) -> None:
     step = state["counters"]["step"]
     selected_on = parts.evaluator.name if parts.evaluator else ""
     parts.checkpoints.save(step, parts.backend, state, accuracy=accuracy, selected_on=selected_on)
+
+
+def _save_in_spite(parts: Parts, state: State) -> None:
+    """Save where another error is the one to show."""
+    try:
+        _save(parts, state, accuracy=None)
+    except OSError as failure:
+        log.warning("A checkpoint could not be written: %s", failure)
