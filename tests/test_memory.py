@@ -29,6 +29,16 @@ def test_a_24_gb_card_holds_the_cache_of_39_long_sequences_of_a_4b_model(monkeyp
     assert cache + 2 * WEIGHTS + 66_060_288 * 16 < 24 * 2**30
 
 
+@pytest.mark.parametrize("gigabytes", [12, 16, 24, 80, 141])
+def test_prompts_are_computed_beside_a_full_cache_and_a_draw(monkeypatch, gigabytes):
+    made = plan(monkeypatch, gigabytes, 16384)
+    cache = made.kv_tokens * 144 * 1024
+    draw = made.sample_rows * 151936 * 40
+    prompts = made.prefill_tokens * memory._layer_bytes(QWEN3_4B, 8, 128, 2, True)
+    assert 2 * WEIGHTS + cache + draw + prompts < 0.9 * gigabytes * 2**30
+    assert 1024 <= made.prefill_tokens <= 4096
+
+
 @pytest.mark.parametrize("gigabytes", [24, 80, 141])
 def test_16k_tokens_of_a_4b_model_stay_within_18_gb(monkeypatch, gigabytes):
     made = plan(monkeypatch, gigabytes, 16384)

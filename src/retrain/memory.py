@@ -16,7 +16,8 @@ _CPU_BUDGET_GB = 8
 _CEILING_TOKENS = {"cuda": 16384, "cpu": 2048}
 """Tokens of a microbatch past which products gain nothing: only memory would grow."""
 _ENOUGH_TOKENS = 4096
-"""Tokens of a microbatch that fill a CUDA device: where fewer fit, recomputing activations pays."""
+"""Tokens of one pass that fill a CUDA device: where fewer fit in a microbatch, recomputing activations pays, and a
+sampler's pass over prompts needs no more."""
 
 
 def _class_gb(device: torch.device) -> int:
@@ -41,8 +42,9 @@ class MemoryPlan:
 
     ``kv_tokens``: cache entries of all rows sampled together, ``sample_rows`` their number;
     ``microbatch_tokens``: tokens of one learner microbatch, shared prompts counted once; ``head_tokens``: most positions
-    that pass the output head at once; ``checkpointing``: recompute activations in the backward pass. The cache is given
-    back before the learner runs, so each of the two may have what the other had.
+    that pass the output head at once; ``checkpointing``: recompute activations in the backward pass; ``prefill_tokens``:
+    prompt tokens of one of the sampler's passes, beside a full cache. The cache, and what is parked of it, is given back
+    before the learner runs, so each of the two may have what the other had.
     """
 
     kv_tokens: int
@@ -50,6 +52,7 @@ class MemoryPlan:
     microbatch_tokens: int
     head_tokens: int
     checkpointing: bool
+    prefill_tokens: int = _ENOUGH_TOKENS
 
     @classmethod
     def for_model(
@@ -80,9 +83,10 @@ class MemoryPlan:
             tokens = budget / (size * hidden * layers + 2 * layer_bytes)
         head_tokens = max(16, min(4096, int(room * 0.02 / (hidden * 16))))
         ceiling = _CEILING_TOKENS["cuda" if cuda else "cpu"]
-        return cls(
-            kv_tokens, sample_rows, max(int(min(tokens, ceiling)), longest), head_tokens, checkpointing
-        )
+        # What is left beside cache and draw. A layer holds at most what it would keep for a backward pass.
+        prefill_tokens = max(64, int(min(room * 0.05 / layer_bytes, _ENOUGH_TOKENS, ceiling)))
+        microbatch_tokens = max(int(min(tokens, ceiling)), longest)
+        return cls(kv_tokens, sample_rows, microbatch_tokens, head_tokens, checkpointing, prefill_tokens)
 
 
 def _layer_bytes(config: Any, kv_heads: int, head_dim: int, size: int, cuda: bool) -> float:

@@ -88,7 +88,11 @@ class Backend(Protocol):
 
 @runtime_checkable
 class Engine(Protocol):
-    """A sampler."""
+    """A sampler.
+
+    One with a method ``release()`` is told when a step's sampling is over, before the learner runs: no prompt goes on
+    from what was sampled, and memory kept for that can be given back. Sampling more afterwards is allowed.
+    """
 
     def load(self, weights: Weights) -> None:
         """Sample from these weights from now on; EngineError when the canary does not agree."""

@@ -87,7 +87,7 @@ def test_every_way_of_attending_equals_a_plain_softmax(window):
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 9])
-@pytest.mark.parametrize(("queries", "cells"), [(3, 2**26), (1024, 130), (7, 400)])
+@pytest.mark.parametrize(("queries", "cells"), [(3, 2**26), (1024, 240), (7, 400)])
 @pytest.mark.parametrize("grouped", [True, False])
 def test_queries_that_need_masks_are_computed_in_pieces(monkeypatch, window, queries, cells, grouped):
     monkeypatch.setattr(arenas, "_QUERIES", queries)

@@ -229,7 +229,7 @@ def test_a_common_beginning_is_computed_once(fresh):
 
 def test_a_long_prompt_is_computed_in_pieces(fresh):
     asked = requests(5, lengths=(30, 90))
-    pieces = fresh(plan=replace(PLAN, microbatch_tokens=16))
+    pieces = fresh(plan=replace(PLAN, prefill_tokens=16))
     for a, b in zip(generate(fresh(), asked), generate(pieces, asked), strict=True):
         for x, y in zip(a, b, strict=True):
             same(x, y)
@@ -248,7 +248,7 @@ def test_a_later_turn_computes_only_what_is_new(fresh, static):
     assert parked.kv_bytes == 0
 
 
-def test_parked_rows_are_bounded_and_die_with_their_weights(fresh, backend):
+def test_parked_rows_are_bounded_and_are_given_back_when_asked_and_with_their_weights(fresh, backend):
     engine = fresh(plan=replace(PLAN, kv_tokens=4 * 128))
     for a, b in zip(talk(engine, count=12), talk(fresh(), count=12, extended=False), strict=True):
         same(a, b)
@@ -256,10 +256,13 @@ def test_parked_rows_are_bounded_and_die_with_their_weights(fresh, backend):
     asked = [(list(range(10, 30)), 2, sampling(extended=True))]
     generate(engine, asked)
     assert engine.kv_bytes > 0
-    engine.load(backend.publish())
-    assert engine.kv_bytes == 0
-    generate(engine, asked)
+    # What the training loop calls before the learner runs.
     engine.release()
+    assert engine.kv_bytes == engine._parked.tokens == 0
+    [again] = generate(engine, asked)
+    assert len(again) == 2
+    assert engine.kv_bytes > 0
+    engine.load(backend.publish())
     assert engine.kv_bytes == 0
 
 

@@ -1,4 +1,8 @@
-"""CUDA graphs: a decode step recorded once per shape and replayed, so that its hundreds of launches cost one."""
+"""CUDA graphs: a decode step recorded once per shape and replayed, so that its hundreds of launches cost one.
+
+Recordings live as long as the buffers that they were made over: until rows or capacity grow, and no longer than one
+burst of sampling, whose cache is given back to the learner at its end. The next burst records anew.
+"""
 
 # torch is only partly typed: what it returns is Any here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false

@@ -76,7 +76,7 @@ class Limits:
     @classmethod
     def of(cls, plan: MemoryPlan, exact_rows: int) -> Limits:
         """The memory plan's."""
-        return cls(plan.kv_tokens, plan.sample_rows, plan.microbatch_tokens, exact_rows)
+        return cls(plan.kv_tokens, plan.sample_rows, plan.prefill_tokens, exact_rows)
 
     def fits(self, longest: int, static: bool) -> int:
         """How many rows of ``longest`` tokens may live at once, at least 1."""

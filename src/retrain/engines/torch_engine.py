@@ -42,7 +42,7 @@ _MOVED = 1e-4
 _TURNS = 10
 """Turns of the event loop that what a result sets off may take: a task wakes, gathers, asks again."""
 _BUSY_S = 60.0
-"""How long ``load`` waits for rows that nobody waits for any more to leave."""
+"""How long ``load`` and ``release`` wait for rows that nobody waits for any more to leave."""
 
 
 class TorchEngine:
@@ -87,7 +87,6 @@ class TorchEngine:
                 "the in-process engine samples only from a learner in the same process.",
                 fix='use backend = "local".',
             )
-        self._settle_down()
         self.release()
         if self._loaded == weights.fingerprint and self._policy is weights.policy:
             self._version = weights.version
@@ -123,7 +122,11 @@ class TorchEngine:
         return "merged" if self._merged else "adapter"
 
     def release(self) -> None:
-        """Give back the memory of parked sequences; a prompt that goes on from one is then computed anew."""
+        """Give back the memory of parked sequences; a prompt that goes on from one is then computed anew.
+
+        EngineError while something is sampled.
+        """
+        self._settle_down()
         self._parked.shrink(0)
         self.kv_bytes = self._parked.bytes + (self._batch.bytes if self._batch else 0)
 
@@ -134,7 +137,7 @@ class TorchEngine:
         try:
             self._thread.submit(lambda: None).result(timeout=_BUSY_S)
         except StillBusy:
-            raise EngineError("weights were loaded while the engine was sampling.") from None
+            raise EngineError("weights or memory were to change while the engine was sampling.") from None
 
     async def generate(self, prompt_ids: IntArray, n: int, sampling: Sampling) -> list[Completion]:
         """Queue the request: it joins the batch at the next step that has room for it, first come first served."""
