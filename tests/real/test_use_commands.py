@@ -315,6 +315,10 @@ def test_a_conversation_remembers_until_reset(
 
 # export
 
+ROUNDING = 5e-5
+"""The run's own forward pass adds the same float32 products up in another order than transformers' modules: a few units
+in the last place of logits as large as 20."""
+
 
 def policy_logits(adapter: Path) -> tuple[np.ndarray[Any, Any], torch.Tensor]:
     """The run's own policy on fixed tokens: (ids, logits)."""
@@ -349,7 +353,7 @@ def test_a_merged_folder_is_the_policy_in_plain_transformers(
     model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert model.dtype == torch.float32
     theirs = logits_of(model, ids)
-    assert float((ours - theirs).abs().max()) <= 1e-5
+    assert float((ours - theirs).abs().max()) <= ROUNDING
     base = logits_of(
         AutoModelForCausalLM.from_pretrained(model_path("retrain/tiny"), dtype=torch.float32), ids
     )
@@ -408,7 +412,7 @@ def test_peft_loads_the_adapter(tmp_path: Path, said: Callable[..., str]) -> Non
     ids, ours = policy_logits(Path("run/checkpoints/step_000002/adapter"))
     base = AutoModelForCausalLM.from_pretrained(model_path("retrain/tiny"), dtype=torch.float32)
     theirs = logits_of(PeftModel.from_pretrained(base, tmp_path / "two"), ids)
-    assert float((ours - theirs).abs().max()) <= 1e-5
+    assert float((ours - theirs).abs().max()) <= ROUNDING
 
 
 @FROM_PEFT
