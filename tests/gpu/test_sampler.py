@@ -19,8 +19,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("fp32", 2e-3), ("bf16", 0.15)])
-def test_a_recorded_step_samples_what_a_plain_one_does(make_config, random_model, caplog, dtype, bound):
+@pytest.mark.parametrize(("dtype", "most", "mean"), [("fp32", 2e-3, 1e-4), ("bf16", 0.15, 0.02)])
+def test_a_recorded_step_samples_what_a_plain_one_does(make_config, random_model, caplog, dtype, most, mean):
+    """A decode step that leaves out one key of a row, or scales scores by 1.05, is off by 0.05 to 0.17 nats in the mean;
+    what bf16 rounds is 0.004 on a CPU."""
     model = str(random_model(hidden=256, layers=4, heads=8, kv_heads=2, head_dim=64, scale=1.5))
     config = make_config(
         backend={"devices": "gpu:0"}, model={"model": model, "lora_rank": 8}, inference={"dtype": dtype}
@@ -51,13 +53,21 @@ def test_a_recorded_step_samples_what_a_plain_one_does(make_config, random_model
         assert engine.kv_bytes == 0
         engine.close()
     assert "CUDA graph" not in caplog.text
-    equal = 0
+    rows = equal = alike = 0
+    gaps = []
     for prompt, a, b in zip(prompts, *results, strict=True):
         for x, y in zip(a, b, strict=True):
+            rows += 1
             equal += x.token_ids_T.tobytes() == y.token_ids_T.tobytes()
+            alike += x.token_ids_T[:4].tobytes() == y.token_ids_T[:4].tobytes()
             with backend.policy.mode("adapter"):
                 ids = np.concatenate([prompt, x.token_ids_T])
                 scored = backend.policy.sequence_logprobs(ids).cpu().numpy()[len(prompt) - 1 :]
-            assert np.abs(scored - x.logprobs_T).max() < bound
-    # In bf16 another shape rounds otherwise, and one token that differs changes the rest of its row.
-    assert equal >= (21 if dtype == "fp32" else 1)
+            # Of the decode steps: the first token comes from the prompt's own pass.
+            gaps.append(np.abs(scored - x.logprobs_T)[1:])
+    assert np.concatenate(gaps).max() < most
+    assert np.concatenate(gaps).mean() < mean
+    # In bf16 another shape rounds otherwise, and one token that differs changes the rest of its row, but hardly ever among
+    # the first: of a wrong step's rows most do.
+    assert alike >= (rows if dtype == "fp32" else rows - 3)
+    assert dtype != "fp32" or equal == rows
