@@ -126,7 +126,17 @@ def test_a_function_of_ones_own_is_a_trace(tmp_path):
         ("flat:0", "at least 1"),
         ("flat:0,scale=0.5", "at least 1"),
         ("flat:-3", "'-3' is not one of its settings"),
+        ("lognormal:p95=1e308", "p95 = 1e+308 is more than 2147483648 tokens"),
+        ("lognormal:median=1e300,p95=1e308", "p95 = 1e+308 is more than"),
+        ("lognormal:scale=1e308", "scale = 1e+308 must be above 0 and at most 1e+06"),
+        (f"lognormal:cap={10**400}", "cap must be a number of tokens up to 2**31"),
+        (f"lognormal:seed={2**63}", "seed must fit into 64 bits"),
+        ("flat:2,scale=1e308", "scale = 1e+308"),
+        ("flat:2000000000,scale=1e6", "more than 2147483648 tokens"),
+        (f"flat:{10**400},scale=2", "more than 2147483648 tokens"),
         ("file:/no/such/file", "cannot be read"),
+        ("file:", "no file is named"),
+        ("file: ,group=2", "no file is named"),
         ("normal", "unknown"),
         ("", "unknown"),
     ],
@@ -139,12 +149,21 @@ def test_a_wrong_text_is_one_line_with_a_fix(text, part):
     assert caught.value.fix
 
 
+def test_the_largest_lengths_that_may_be_asked_for_can_be_computed():
+    for text in ("lognormal:median=1,p95=2147483648,scale=1e6", "lognormal:median=2147483647,p95=2147483648"):
+        trace = parse(text)
+        assert all(1 <= trace(d, m) <= trace.longest for d in range(200) for m in range(8))
+
+
 def test_a_wrong_line_of_a_file_is_named(tmp_path):
     file = tmp_path / "lengths"
     for text, part in (
         ("4\nfive\n", ":2: 'five'"),
         ("0\n", ":1: '0'"),
         ("true\n", ":1:"),
+        ("4\n" + "9" * 5000 + "\n", ":2: '999"),
+        ("1" + "0" * 400 + "\n", ":1: '1000"),
+        ("[" * 100000 + "\n", ":1:"),
         ("\n", "is empty"),
     ):
         file.write_text(text)

@@ -29,6 +29,10 @@ from retrain.types import Completion, IntArray, Message, Rollout, Sampling, Scor
 Trace: TypeAlias = Callable[[int, int], int]
 """(draw number of the task, member of its group) -> tokens of that completion, at least 1; pure."""
 
+_MOST = 2**31
+"""Tokens, far above every model's context: bounds what is computed with, so that no text can overflow it."""
+_MOST_SCALE = 1e6
+
 _P95 = NormalDist().inv_cdf(0.95)
 
 
@@ -55,8 +59,10 @@ class Lognormal:
     def __post_init__(self) -> None:
         _demand(self.median >= 1, f"median = {self.median:g}: a length is at least 1 token.")
         _demand(self.p95 > self.median, f"p95 = {self.p95:g} must be above median = {self.median:g}.")
-        _demand(self.cap >= 0, f"cap = {self.cap} must be a number of tokens, or 0 for 2 * p95.")
-        _demand(self.scale > 0, f"scale = {self.scale:g} must be above 0.")
+        _demand(self.p95 <= _MOST, f"p95 = {self.p95:g} is more than {_MOST} tokens.")
+        _demand(0 <= self.cap <= _MOST, "cap must be a number of tokens up to 2**31, or 0 for 2 * p95.")
+        _demand(-(2**63) <= self.seed < 2**63, "seed must fit into 64 bits.")
+        _demand_scale(self.scale)
 
     @property
     def longest(self) -> int:
@@ -78,6 +84,7 @@ class Flat:
 
     def __post_init__(self) -> None:
         _demand(self.length >= 1, f"length = {self.length}: a length is at least 1 token.")
+        _demand(self.length <= _MOST, f"the length is more than {_MOST} tokens.")
 
     @property
     def longest(self) -> int:
@@ -100,8 +107,9 @@ class Recorded:
     def __post_init__(self) -> None:
         _demand(bool(self.lengths), "a trace needs at least one length.")
         _demand(min(self.lengths) >= 1, f"{min(self.lengths)} is no length: a length is at least 1 token.")
+        _demand(max(self.lengths) <= _MOST, f"a length is more than {_MOST} tokens.")
         _demand(self.group >= 1, f"group = {self.group} must be at least 1.")
-        _demand(self.scale > 0, f"scale = {self.scale:g} must be above 0.")
+        _demand_scale(self.scale)
 
     @property
     def longest(self) -> int:
@@ -141,6 +149,10 @@ def _demand(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _demand_scale(scale: float) -> None:
+    _demand(0 < scale <= _MOST_SCALE, f"scale = {scale:g} must be above 0 and at most {_MOST_SCALE:g}.")
+
+
 def from_file(path: Path | str, *, group: int = 8, scale: float = 1.0) -> Recorded:
     """A trace from a file with one length a line, each a JSON number; UsageError names the line that is none."""
     found: list[int] = []
@@ -154,12 +166,12 @@ def from_file(path: Path | str, *, group: int = 8, scale: float = 1.0) -> Record
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             value = None
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
             raise UsageError(
                 f"{path}:{number}: {line.strip()[:40]!r} is no length.",
-                fix="write one whole number of at least 1 a line.",
+                fix="write one whole number of tokens a line, at least 1.",
             )
         found.append(value)
     if not found:
@@ -191,12 +203,13 @@ def parse(text: str) -> Trace:
                 [f"length={w}" if w.isdecimal() else w for w in words], {"length": int, "scale": float}
             )
             scale = values.pop("scale", 1.0)
-            _demand(scale > 0, f"scale = {scale:g} must be above 0.")
-            length = int(values.get("length", Flat.__dataclass_fields__["length"].default))
-            return Flat(max(1, round(length * scale)) if length >= 1 else length)
+            _demand_scale(scale)
+            length = Flat(int(values.get("length", Flat.__dataclass_fields__["length"].default))).length
+            return Flat(max(1, round(length * scale)))
         if name == "file" and colon:
             at = next((i for i, w in enumerate(words) if w.startswith(("group=", "scale="))), len(words))
             path = rest if at == len(words) else ",".join(rest.split(",")[:at])
+            _demand(bool(path.strip()), "no file is named.")
             return from_file(path, **_fields(words[at:], {"group": int, "scale": float}))
     except ValueError as error:
         raise UsageError(f"trace {text!r}: {error}", fix=f"write {_FORMS}.") from error
@@ -220,7 +233,7 @@ def _fields(words: Sequence[str], kinds: Mapping[str, type]) -> dict[str, Any]:
         except ValueError:
             kind = "a whole number" if kinds[key] is int else "a number"
             raise ValueError(f"{key} = {value!r} is not {kind}.") from None
-        if not math.isfinite(found[key]):
+        if isinstance(found[key], float) and not math.isfinite(found[key]):
             raise ValueError(f"{key} = {value!r} is not finite.")
     return found
 
