@@ -183,7 +183,7 @@ def measure(loaded: LoadedConfig, settings: Settings, *, progress: Progress) -> 
         )
         train(config, parts, threading.Event())
         memory = watch.record() if watch is not None else None
-        roof = _roof(policy)
+        roof = _roof(config, policy)
         steps = log.steps[settings.warmup :]
         record = {
             "model": config.model.model,
@@ -195,7 +195,7 @@ def measure(loaded: LoadedConfig, settings: Settings, *, progress: Progress) -> 
                 "updates_per_batch": config.training.updates_per_batch,
             },
             "work": _work(steps),
-            **_times(steps),
+            **_times(steps, config.training.updates_per_batch),
             "peaks": roof and roof.measured,
             "roofline": roof and _against(steps, roof, config.training.updates_per_batch),
             "memory": memory,
@@ -242,7 +242,7 @@ def _sized(config: Config, settings: Settings, renderer: Any, trace: traces.Trac
     if context and prompt + longest > context:
         raise UsageError(
             f"a prompt of {prompt} and a completion of {longest} tokens exceed the model's context of {context}.",
-            fix="lower --prompt-tokens, or the trace's cap or scale.",
+            fix=_shorter(settings, context, longest),
         )
     seed = max(0, training.seed)
     config = _with(
@@ -251,6 +251,21 @@ def _sized(config: Config, settings: Settings, renderer: Any, trace: traces.Trac
         truncated="score", stop=(),
     )  # fmt: skip
     return config, prompt
+
+
+def _shorter(settings: Settings, context: int, longest: int) -> str:
+    """What makes room in the context."""
+    room = context - (settings.prompt_tokens or 1)
+    if room < 1:
+        return f"lower --prompt-tokens to at most {max(1, context - longest)}."
+    completion = (
+        f"give a --trace of at most {room} tokens (its cap, scale or length)"
+        if settings.trace
+        else f"set --max-tokens to at most {room}"
+    )
+    if settings.prompt_tokens and longest < context:
+        return f"lower --prompt-tokens to at most {context - longest}, or {completion}."
+    return f"{completion}."
 
 
 def _vocabulary(renderer: Renderer, policy: Any) -> int:
@@ -263,13 +278,17 @@ class _Roof:
     shape: Shape
     peaks: Peaks
     itemsize: int
+    kv_itemsize: float
     adapter: int
+    sampled_adapter: int
+    """Weights of the adapter that sampling reads apart from the model's; 0 where it is merged."""
     measured: dict[str, float]
 
 
-def _roof(policy: Any) -> _Roof | None:
-    """The device's peaks for this model; None where the learner is elsewhere or the model is not counted."""
-    if policy is None:
+def _roof(config: Config, policy: Any) -> _Roof | None:
+    """The device's peaks for this model; None where the learner is elsewhere or the model is not counted (mixtures,
+    4-bit weights)."""
+    if policy is None or config.model.quantization:
         return None
     from retrain import peaks
 
@@ -280,7 +299,19 @@ def _roof(policy: Any) -> _Roof | None:
     itemsize = int(policy.dtype.itemsize)
     size = (shape.block_weights + shape.head_weights) * itemsize
     roof, measured = peaks.measure(policy.device, policy.dtype, size)
-    return _Roof(shape, roof, itemsize, int(policy.trainable), measured)
+    adapter = int(policy.trainable)
+    # In bf16 a merge would round small updates away. A CPU without units for it merges into float32 copies; one with
+    # them is given the lower floor.
+    merged = itemsize == 4 or policy.device.type == "cpu"
+    eight_bit = config.inference.kv_cache_dtype == "fp8"
+    return _Roof(
+        shape, roof, itemsize, kv_itemsize(shape, itemsize, eight_bit=eight_bit), adapter, 0 if merged else adapter, measured
+    )  # fmt: skip
+
+
+def kv_itemsize(shape: Shape, itemsize: int, *, eight_bit: bool) -> float:
+    """Bytes per number of keys and values: with eight bits one, and a float32 scale for every token and head."""
+    return 1 + 4 / shape.head_dim if eight_bit else itemsize
 
 
 def _work(steps: Sequence[_Step]) -> dict[str, float]:
@@ -331,7 +362,7 @@ def _seconds(step: _Step) -> dict[str, float | None]:
     }
 
 
-def _times(steps: Sequence[_Step]) -> dict[str, Any]:
+def _times(steps: Sequence[_Step], updates: int) -> dict[str, Any]:
     each = [_seconds(step) for step in steps]
     mean: dict[str, float | None] = {}
     for name in each[0]:
@@ -344,7 +375,7 @@ def _times(steps: Sequence[_Step]) -> dict[str, Any]:
         "sample": (work["sampled_tokens"], ["sample"]),
         "prefill": (work["prompt_tokens"], ["prefill"]),
         "decode": (work["sampled_tokens"] - rows, ["decode", "draw"]),
-        "learn": (work["trained_tokens"], ["learn"]),
+        "learn": (work["trained_tokens"] * updates, ["learn"]),
     }
     step = cast(float, mean["step"])
     model = sum(mean[name] or 0.0 for name in ("sync", "sample", "learn"))
@@ -369,10 +400,12 @@ def _rate(count: float, seconds: float | None) -> float | None:
 def _against(steps: Sequence[_Step], roof: _Roof, updates: int) -> dict[str, Any]:
     """Each phase's floor over all steps, and the share of it that was reached."""
     shape, itemsize, adapter = roof.shape, roof.itemsize, roof.adapter
+    sampling: Any = {"kv_itemsize": roof.kv_itemsize, "adapter": roof.sampled_adapter}
     needed: dict[str, list[Work]] = {name: [] for name in ("prefill", "decode", "learn", "learn_whole_rows")}
     for step in steps:
-        needed["prefill"].append(prefill(shape, step.prompts, itemsize))
-        needed["decode"] += decode(shape, [p for p, _ in step.rows], [n for _, n in step.rows], itemsize)
+        needed["prefill"].append(prefill(shape, step.prompts, itemsize, **sampling))
+        prompts, lengths = [p for p, _ in step.rows], [n for _, n in step.rows]
+        needed["decode"] += decode(shape, prompts, lengths, itemsize, **sampling)
         whole = [Row(r.tokens, r.sampled) for r in step.trained]
         needed["learn"] += [learn(shape, step.trained, itemsize, adapter=adapter)] * updates
         needed["learn_whole_rows"] += [learn(shape, whole, itemsize, adapter=adapter)] * updates
@@ -417,7 +450,8 @@ def slowest(record: Mapping[str, Any]) -> str:
     parts = [n for n in _NAMES if n not in (("sample",) if split else ("prefill", "decode"))]
     name = max(parts, key=lambda n: seconds[n] or 0.0)
     share = (seconds[name] or 0.0) / seconds["step"]
-    text = f"Slowest: {_NAMES[name]}, {share:.0%} of the step"
+    told = "decoding and drawing" if name == "decode" and seconds["draw"] else _NAMES[name]
+    text = f"Slowest: {told}, {share:.0%} of the step"
     rows: Mapping[str, Any] = record["roofline"] or {}
     row = rows.get(name)
     if row is None or row["share"] is None:

@@ -145,16 +145,26 @@ def _pairs(start: int, stop: int) -> int:
     return (stop * (stop + 1) - start * (start + 1)) // 2
 
 
-def prefill(shape: Shape, prompts: Sequence[int], itemsize: int, *, adapter: int = 0) -> Work:
+def prefill(
+    shape: Shape,
+    prompts: Sequence[int],
+    itemsize: int,
+    *,
+    kv_itemsize: float | None = None,
+    adapter: int = 0,
+) -> Work:
     """All prompts of these lengths in one pass, each once, with the head at its last token.
 
-    ``itemsize``: bytes per weight and cache entry; ``adapter``: weights of an adapter that is not merged (0: merged).
+    ``itemsize``: bytes per weight; ``kv_itemsize``: bytes per number in the cache (None: the same); ``adapter``: weights of
+    an adapter that is not merged (0: merged).
     """
     tokens = sum(prompts)
     flops = 2.0 * (shape.block_weights + adapter) * tokens + 2.0 * shape.head_weights * len(prompts)
     flops += shape.pair_flops * sum(_pairs(0, p) for p in prompts)
     weights = (shape.block_weights + shape.head_weights + adapter) * itemsize
-    return Work(flops, float(weights + shape.kv_numbers * itemsize * tokens) if tokens else 0.0)
+    return Work(
+        flops, float(weights + shape.kv_numbers * (kv_itemsize or itemsize) * tokens) if tokens else 0.0
+    )
 
 
 def decode(
@@ -163,7 +173,7 @@ def decode(
     lengths: Sequence[int],
     itemsize: int,
     *,
-    kv_itemsize: int | None = None,
+    kv_itemsize: float | None = None,
     adapter: int = 0,
 ) -> list[Work]:
     """One piece per decode step, for rows that all start together and leave when their length is reached.

@@ -6,16 +6,20 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers.utils.logging
 
-from retrain.bench import slowest
+from retrain import peaks
+from retrain.bench import _against, _roof, _Step, slowest
 from retrain.cli.bench import report
 from retrain.cli.main import main
-from retrain.roofline import Shape
+from retrain.config.load import load
+from retrain.config.templates import path_of
+from retrain.roofline import Peaks, Shape
 
 torch.set_num_threads(1)
 # Its handler keeps the stderr that it finds, which must not be one test's.
@@ -132,6 +136,60 @@ def test_shares_of_the_roof_are_those_of_the_counted_work(record: dict[str, Any]
     assert record["memory"]["resident_peak"] > 5e7
 
 
+def test_several_updates_of_a_batch_are_counted(said: Callable[..., str], record: dict[str, Any]) -> None:
+    made = json.loads(said(*LINE, "--updates-per-batch", "3"))
+    assert made["tokens_per_second"]["learn"] == pytest.approx(3 * 48 / made["seconds"]["learn"])
+    assert made["roofline"]["learn"]["flops"] == 3 * record["roofline"]["learn"]["flops"]
+    assert made["roofline"]["learn"]["seconds"] == pytest.approx(made["seconds"]["learn"])
+
+
+def test_the_roof_knows_the_format_of_the_cache_and_of_the_weights() -> None:
+    config = load(Path(path_of("tiny"))).config
+    shape = Shape(96, 3, 3, 1, 32, 256, 384, True)
+
+    def roof(dtype: torch.dtype, device: str = "cpu", **changes: Any) -> Any:
+        made = config.model_copy(
+            update={
+                "inference": config.inference.model_copy(update=changes.get("inference", {})),
+                "model": config.model.model_copy(update=changes.get("model", {})),
+            }
+        )
+        sizes = SimpleNamespace(
+            hidden_size=96, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1, head_dim=32,
+            intermediate_size=256, vocab_size=384, tie_word_embeddings=True,
+        )  # fmt: skip
+        policy = SimpleNamespace(
+            model=SimpleNamespace(config=sizes), dtype=dtype, device=torch.device(device), trainable=1000
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(peaks, "measure", lambda *_: (Peaks(1e12, 1e11), {}))
+            return _roof(made, policy)
+
+    step = _Step(1.0, 1.0, 0.0, {"step_time_s": 1.0}, {}, {}, [10], [(10, 5), (10, 3)], [], 0)
+    plain = _against([step], roof(torch.bfloat16), 1)
+    unmerged = _against([step], roof(torch.bfloat16, "cuda"), 1)
+    eight = _against([step], roof(torch.bfloat16, inference={"kv_cache_dtype": "fp8"}), 1)
+    # Cache entries: the prompt's 10 once; then rows of 11 to 14 and of 11 and 12 tokens that steps 1 to 4 read.
+    seen = 11 + 12 + 13 + 14 + 11 + 12
+    assert (
+        plain["decode"]["bytes"]
+        == 4 * 2 * (shape.block_weights + shape.head_weights) + 2 * seen * shape.kv_numbers
+    )
+    saved = 2 - (1 + 4 / 32)
+    assert plain["decode"]["bytes"] - eight["decode"]["bytes"] == pytest.approx(
+        saved * seen * shape.kv_numbers
+    )
+    assert plain["prefill"]["bytes"] - eight["prefill"]["bytes"] == pytest.approx(
+        saved * 10 * shape.kv_numbers
+    )
+    assert eight["decode"]["flops"] == plain["decode"]["flops"]
+    # Two rows in two decode steps and one in two more; 10 prompt tokens.
+    assert unmerged["decode"]["flops"] - plain["decode"]["flops"] == 2 * 1000 * 6
+    assert unmerged["prefill"]["flops"] - plain["prefill"]["flops"] == 2 * 1000 * 10
+    assert roof(torch.float32, "cuda").sampled_adapter == 0
+    assert roof(torch.bfloat16, "cuda", model={"quantization": "nf4"}) is None
+
+
 def test_the_text_shows_the_split_and_says_what_is_slowest(
     record: dict[str, Any], said: Callable[..., str]
 ) -> None:
@@ -158,7 +216,9 @@ def test_the_slowest_part_is_named_with_what_bounds_it() -> None:
     )
     made["seconds"] |= {"prefill": 0.3, "decode": 1.5, "draw": 0.5}
     made["roofline"] = None
-    assert slowest(made) == "Slowest: decoding, 50% of the step."
+    assert slowest(made) == "Slowest: decoding and drawing, 50% of the step."
+    made["seconds"]["draw"] = None
+    assert slowest(made) == "Slowest: decoding, 38% of the step."
     made["seconds"]["log"] = 2.2
     assert slowest(made) == "Slowest: the records, 55% of the step."
 
@@ -197,6 +257,16 @@ def test_a_configuration_is_read_and_its_run_is_left_alone(said: Callable[..., s
         (["--trace", "flat:0"], "at least 1 token"),
         (["--trace", "nowhere:lengths"], "needs the module 'nowhere'"),
         (["--trace", "flat:500", "--prompt-tokens", "30"], "exceed the model's context of 512"),
+        (
+            ["--trace", "flat:500", "--prompt-tokens", "30"],
+            "--prompt-tokens to at most 12, or give a --trace of at most 482",
+        ),
+        (["--trace", "flat:600"], "Fix: give a --trace of at most 511 tokens"),
+        (["--max-tokens", "600"], "Fix: set --max-tokens to at most 511"),
+        (["--max-tokens", "600", "--prompt-tokens", "12"], "Fix: set --max-tokens to at most 500"),
+        (["--trace", "flat:5", "--prompt-tokens", "600"], "Fix: lower --prompt-tokens to at most 507"),
+        (["--trace", "file:"], "no file is named"),
+        (["--trace", "lognormal:p95=1e308"], "p95 = 1e+308 is more than"),
         (["--overwrite"], "--overwrite is not an option of bench"),
         (["--plain"], "--plain is not an option of bench"),
         (["--no-such-flag", "1"], "--no-such-flag is not a flag"),

@@ -127,13 +127,15 @@ def report(record: Mapping[str, Any]) -> str:
             f"roof       {', '.join(found)}, {record['peaks']['bandwidth'] / 1e9:.1f} GB/s, measured now"
         )
     else:
-        lines.append("roof       unknown for this model or backend")
+        lines.append("roof       unknown for this model, its number format or this backend")
     held = {name: value for name, value in memory.items() if value is not None}
     lines.append(
         "memory     "
         + ", ".join(f"{name.replace('_', ' ')} {value / 1e9:.2f} GB" for name, value in held.items())
     )
-    lines.append(f"non-model  {record['non_model_share']:.1%} of the step is neither sampling nor learning")
+    lines.append(
+        f"non-model  {record['non_model_share']:.1%} of the step is neither sampling, learning nor handing weights over"
+    )
     had = record["cpu_seconds"] / seconds["step"]
     if weights.get("device") == "cpu" and had < 0.9:
         lines.append(
