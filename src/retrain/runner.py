@@ -239,4 +239,6 @@ def _logging(directory: Path, *, debug: bool) -> Generator[None]:
         log.propagate = before
         for handler in handlers:
             log.removeHandler(handler)
-            handler.close()
+            # What events.log still buffered may find a full disk, which must not hide the first error.
+            with contextlib.suppress(OSError):
+                handler.close()
