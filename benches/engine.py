@@ -1,8 +1,8 @@
 """The in-process sampler, timed on forced lengths: against another version of this package, interleaved, and against
 the least time that memory and arithmetic allow.
 
-    git worktree add /tmp/before <revision>
-    python benches/engine.py --against /tmp/before/src --cases tiny medium --rounds 5 --out engine.json
+    git worktree add ../before <revision>
+    python benches/engine.py --against ../before/src --cases tiny medium --rounds 5 --out engine.json
 
 Each version runs in a process of its own that stays; only one works at a time, turn by turn (A B A B). A time is CPU
 seconds of that process on one thread, so that other programs do not count; ratios are of medians. The floor of a decode

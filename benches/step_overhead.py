@@ -323,6 +323,14 @@ def checkpoint(parts: Parts, rounds: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def checkpoint_share(waited: float | None, save_every: int) -> dict[str, Any]:
+    """How the copy that the loop waits for is spread over the steps; None where none was measured."""
+    return {
+        "what": "overhead_s = step.median_s + per_step_s; per_step_s = waited_s / save_every",
+        "waited_s": waited, "save_every": save_every, "per_step_s": None if waited is None else waited / save_every,
+    }  # fmt: skip
+
+
 def machine() -> dict[str, Any]:
     """Where this was measured."""
     names = ("numpy", "torch", "transformers", "tokenizers", "safetensors")
@@ -369,7 +377,9 @@ def main() -> None:
                 result["parts"] |= checkpoint(parts, min(3, options.rounds))
         if "million" not in options.skip:
             result["million"] = million(renderer, Path(folder), options.rounds)
-    saved = result["parts"].get("checkpoint, what the loop waits", {}).get("median_s", 0.0) / options.save_every
+    waited = result["parts"].get("checkpoint, what the loop waits", {}).get("median_s")
+    saved = (waited or 0.0) / options.save_every
+    result["checkpoint_in_overhead"] = checkpoint_share(waited, options.save_every)
     # The first step of a run reads new tokens and templates; the median is of the others.
     result["overhead_s"] = steps["median_s"] + saved
     result["share"] = {

@@ -20,6 +20,7 @@ sys.path.insert(0, str(BENCHES))
 import against_trl  # noqa: E402
 import equal_learning  # noqa: E402
 import speed_page  # noqa: E402
+import step_overhead  # noqa: E402
 from cases import CASES, work  # noqa: E402
 
 
@@ -134,7 +135,17 @@ def test_the_page_quotes_the_stored_results() -> None:
             == len(run["sides"]["TRL"]["all_wall_s"])
             == len(run["sides"]["retrain"]["all_wall_s"])
         )
-        assert f"**{run['ratios']['wall']:.2f}**" in written
+        shown = f"{run['ratios']['wall']:.2f}"
+        assert (f"**{shown}**" if run["pairs"] >= 5 else f"| {shown} |") in written
         again = against_trl.ratios(run)
         assert again == run["ratios"], "a stored ratio is not that of the stored steps"
         assert json.dumps(run["versions"]["trl"]["trl"]).strip('"') in written
+
+
+def test_the_overhead_of_a_step_says_how_a_checkpoint_is_in_it() -> None:
+    stored = json.loads((BENCHES / "results" / "step_overhead.json").read_text(encoding="utf-8"))
+    waited = stored["parts"]["checkpoint, what the loop waits"]["median_s"]
+    said = stored["checkpoint_in_overhead"]
+    assert said == step_overhead.checkpoint_share(waited, said["save_every"])
+    assert stored["overhead_s"] == pytest.approx(stored["step"]["median_s"] + waited / said["save_every"])
+    assert step_overhead.checkpoint_share(None, 20)["per_step_s"] is None
