@@ -63,6 +63,7 @@ def test_logprobs_and_entropies_equal_a_plain_float64_forward(ready, temperature
     prompt = [5, 9, 30, 11]
     got = generate(engine, [(prompt, 5, sampling(temperature=temperature))])[0]
     policy = backend.policy
+    policy.model.set_attn_implementation("eager")  # the model's own pass, not the engine's
     for completion in got:
         ids = torch.tensor([[*prompt, *completion.token_ids_T]])
         with torch.no_grad(), policy.mode("adapter"):
