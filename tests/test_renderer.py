@@ -178,12 +178,13 @@ def check_lines(renderer, sequences):
     text, spans = renderer.lines(ids, [len(sequence) for sequence in sequences])
     apart = [renderer.offsets(np.array(sequence, dtype=np.int32)) for sequence in sequences]
     assert text == "\n".join(line for line, _ in apart)
-    assert spans.shape == (len(ids), 2)
+    assert len(spans) == len(ids)
+    assert np.asarray(spans).shape == (len(ids), 2)
     expected, at = [], 0
     for line, found in apart:
         expected += [(at + a, at + b) for a, b in found]
         at += len(line) + 1
-    assert list(map(tuple, spans.tolist())) == expected
+    assert list(map(tuple, np.asarray(spans).tolist())) == expected
     # The built-in detector marks the same tokens by an array as by a list, and by all lines as by each.
     detect = RegexDetector(["wait let me", "a", "\u00e9 b", "\U0001f600 a"])
     marks = detect(text, spans).tolist()

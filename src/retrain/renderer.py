@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from retrain.config.names import TINY_MODEL
 from retrain.errors import ConfigError, ModelError
-from retrain.types import IntArray, Message
+from retrain.types import BoolArray, IntArray, Message
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _RESERVED_TEMPLATE_ARGS = (
@@ -86,9 +86,49 @@ def _decode_bytes(data: bytes) -> tuple[str, Indices]:
     return "".join(pieces), index
 
 
-def _passed(at: Indices, n: int) -> Indices:
-    """For each of ``n`` places in order: how many of ``at`` are not after it."""
-    return np.cumsum(np.bincount(at, minlength=n + 1)[:n])
+class TokenRanges:
+    """Half-open character ranges of N tokens, one after the other in one text: pairs (start, end) in text order.
+
+    Kept in bytes, so that a few spans of the text are found without every token's range; ``np.asarray`` gives
+    those, (N, 2).
+    """
+
+    def __init__(self, data: bytes, lengths_N: Indices, ends_N: Indices) -> None:
+        """``data``: the text in UTF-8; a token's ``lengths_N`` bytes end before byte ``ends_N``."""
+        self._lengths_N, self._ends_N = lengths_N, ends_N
+        self._starts_N = ends_N - lengths_N
+        # Bytes that continue a character, of which there are few.
+        self._later = np.flatnonzero(np.frombuffer(data, dtype=np.int8) < -64)
+
+    def __len__(self) -> int:
+        return len(self._ends_N)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._array[at]
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.array(self._array, dtype=dtype, copy=copy)
+
+    @cached_property
+    def _array(self) -> Indices:
+        # A character's number is its byte's less the continuation bytes up to it.
+        reached = self._ends_N - np.searchsorted(self._later, self._ends_N, side="left")
+        starts = self._starts_N - np.searchsorted(self._later, self._starts_N, side="right")
+        # An empty token lies where the last character before it ends.
+        return np.stack([np.where(self._lengths_N > 0, starts, reached), reached]).T
+
+    def overlapping(self, spans: Sequence[tuple[int, int]]) -> BoolArray:
+        """One bool per token: does its range overlap one of ``spans``, half-open ranges of characters?"""
+        mask_N = np.zeros(len(self), dtype=np.bool_)
+        characters = np.array(spans, dtype=np.int64).reshape(-1, 2)
+        # How many characters come before each continuation byte, the one that it continues counted too.
+        before = self._later - np.arange(len(self._later))
+        at = characters + np.searchsorted(before, characters, side="right")
+        firsts = np.searchsorted(self._ends_N, at[:, 0], side="right").tolist()
+        lasts = np.searchsorted(self._starts_N, at[:, 1], side="left").tolist()
+        for first, last in zip(firsts, lasts, strict=True):
+            mask_N[first:last] = True
+        return mask_N & (self._lengths_N > 0)
 
 
 class _Pieces:
@@ -262,12 +302,12 @@ class ChatRenderer:
         """
         if not self._byte_level:
             return self._incremental_offsets(cast("Any", token_ids))
-        text, spans = self.lines(token_ids, [len(token_ids)])
-        return text, list(zip(spans[:, 0].tolist(), spans[:, 1].tolist(), strict=True))
+        text, ranges = self.lines(token_ids, [len(token_ids)])
+        return text, [(start, end) for start, end in np.asarray(ranges).tolist()]
 
-    def lines(self, token_ids: IntArray, counts: Sequence[int]) -> tuple[str, Indices]:
+    def lines(self, token_ids: IntArray, counts: Sequence[int]) -> tuple[str, TokenRanges | Indices]:
         """``offsets`` of several sequences at once: their texts with a line feed between each two, and the range
-        of every token in that (N, 2).
+        of every token in that: what ``np.asarray`` makes (N, 2) of.
 
         ``token_ids`` (N,) holds the sequences one after the other, ``counts[i]`` tokens of the i-th.
         """
@@ -279,21 +319,15 @@ class ChatRenderer:
         joined = b"\n".join([data[a:b] for a, b in itertools.pairwise(edges)])
         if len(counts) > 1:
             ends_N += np.repeat(np.arange(len(counts)), counts)
-        starts_N = ends_N - lengths_N
         try:
-            text = joined.decode()
+            return joined.decode(), TokenRanges(joined, lengths_N, ends_N)
         except UnicodeDecodeError:
             if len(counts) > 1:
                 # Each by itself: the time that repairs take grows with the square of a text's length.
                 return self._apart(token_ids, counts, self.offsets)
-            text, index = _decode_bytes(joined)
-            reached = np.concatenate([[0], index + 1])[ends_N]
-            starts = np.append(index, 0)[starts_N]
-        else:
-            # A character's number is its byte's less the continuation bytes up to it, of which there are few.
-            later = np.flatnonzero(np.frombuffer(joined, dtype=np.int8) < -64)
-            reached = ends_N - _passed(np.searchsorted(ends_N, later, side="right"), len(ends_N))
-            starts = starts_N - _passed(np.searchsorted(starts_N, later, side="left"), len(ends_N))
+        text, index = _decode_bytes(joined)
+        reached = np.concatenate([[0], index + 1])[ends_N]
+        starts = np.append(index, 0)[ends_N - lengths_N]
         # An empty token lies where the last character before it ends.
         return text, np.stack([np.where(lengths_N > 0, starts, reached), reached]).T
 

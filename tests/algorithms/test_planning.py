@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrain.algorithms.planning import DEFAULT_GRAMS, RegexDetector, parse_grams
+from retrain.algorithms.planning import DEFAULT_GRAMS, RegexDetector, _fold, parse_grams
 from retrain.errors import ConfigError
 
 DETECT = RegexDetector()
@@ -75,6 +75,12 @@ def test_phrases_may_overlap_each_other_and_themselves() -> None:
 
 def test_offsets_stay_true_where_lower_case_is_longer() -> None:
     assert characters("\u0130\u0130 notice that \u0130") == "...notice that.."
+
+
+@given(st.text(st.one_of(st.characters(), st.sampled_from("aKZ \u2019\u2013\u212a\u0130\u03a3\u00c9\u01c5\ud800")), max_size=12))
+def test_folding_is_lower_case_character_by_character(text: str) -> None:
+    assert _fold(text) == text.replace("\u0130", "i").lower()
+    assert len(_fold(text)) == len(text)
 
 
 def test_exactly_the_overlapping_tokens_are_marked() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrain.errors import ConfigError
+from retrain.renderer import TokenRanges
 from retrain.types import BoolArray
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ _PLACE = "logging.strategic_grams"
 # newline: a new line is a new thought.
 _SEPARATOR = "[ \u00a0,\\-\u2010\u2011]+"
 _APOSTROPHE = "['\u2019]"
+_ASCII = bytes(range(128))
 
 
 def _words(gram: str) -> list[str]:
@@ -58,6 +60,12 @@ def _words(gram: str) -> list[str]:
 def _fold(text: str) -> str:
     # Lower case without a change of length, so that offsets into the text stay valid: U+0130 is the one
     # character that lower() turns into two.
+    if not text.isascii():
+        # Most other characters of a response have no case (quotes, dashes, signs): bytes are then folded far faster.
+        data = text.encode("utf-8", "surrogatepass")
+        rest = data.translate(None, delete=_ASCII).decode("utf-8", "surrogatepass")
+        if rest == rest.lower():
+            return data.lower().decode("utf-8", "surrogatepass")
     return text.replace("\u0130", "i").lower()
 
 
@@ -103,8 +111,8 @@ def _checked(grams: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(checked))
 
 
-Offsets: TypeAlias = Sequence[tuple[int, int]] | npt.NDArray[np.int64]
-"""Half-open character ranges of T tokens: pairs in any order, or an array (T, 2) in text order."""
+Offsets: TypeAlias = Sequence[tuple[int, int]] | npt.NDArray[np.int64] | TokenRanges
+"""Half-open character ranges of T tokens: pairs in any order, or an array (T, 2) or more in text order."""
 
 
 class RegexDetector:
@@ -163,6 +171,8 @@ class RegexDetector:
 
 def overlapping(spans: Sequence[tuple[int, int]], length: int, offsets: Offsets) -> BoolArray:
     """One bool per token: does its half-open range overlap one of ``spans`` in a text of ``length`` characters?"""
+    if isinstance(offsets, TokenRanges):
+        return offsets.overlapping(spans)
     mask_T = np.zeros(len(offsets), dtype=np.bool_)
     if not spans or not len(offsets):
         return mask_T

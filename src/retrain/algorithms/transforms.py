@@ -165,8 +165,10 @@ def sepa_amplify(
 def _execution_means(u_n: Float64Array, planning_n: BoolArray, edges: Sequence[int]) -> Float64Array:
     """Each token's mean over the execution tokens of its rollout; 0 where there are none."""
     edges = edges or (0, u_n.size)
-    before = np.concatenate([[0], np.cumsum(~planning_n)])[list(edges)].tolist()
-    return np.repeat(_mean_of_each(u_n[~planning_n], before), np.diff(edges))
+    execution_n = ~planning_n
+    counts = [int(np.count_nonzero(execution_n[a:b])) for a, b in itertools.pairwise(edges)]
+    before = list(itertools.accumulate(counts, initial=0))
+    return np.repeat(_mean_of_each(u_n[execution_n], before), np.diff(edges))
 
 
 # Token transforms: (group, advantages_G_T, context) -> advantages_G_T.
@@ -193,7 +195,7 @@ def _transform(
 ) -> list[FloatArray]:
     rollouts = group.rollouts_G
     sampled = np.concatenate([r.sampled_T for r in rollouts])
-    edges = np.cumsum([0, *(r.num_sampled for r in rollouts)]).tolist()
+    edges = np.cumsum([0, *(int(np.count_nonzero(r.sampled_T)) for r in rollouts)]).tolist()
     u_n: Floats = np.concatenate(context.uncertainty_G_T)[sampled]
     planning_n = np.concatenate(context.planning_G_T)[sampled]
     if reshape is not None:
