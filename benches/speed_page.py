@@ -19,10 +19,12 @@ the pairs of steps. A step is everything from the sampler to the updated weights
 checkpoints and evaluation are off.
 
 How TRL is given its best: `generate` with a cache for the whole batch at once, no gradient checkpointing, no
-tokenising, no `min_new_tokens` (it would mask logits at every token; end tokens are switched off instead), and the
-fastest of the settings below on the same kind of model. Where lengths differ, its completions are cut after
-generation: `generate` computes finished rows until the longest ends, so nothing is added to its work. vLLM, which TRL
-can also sample with, does not run on these machines: nothing is said here about TRL with vLLM.
+tokenising, no `min_new_tokens` (it would mask logits at every token; end tokens are switched off instead). The
+setting of each run stands in its row, the settings tried beside each other further below: on these models a dynamic and
+a static cache and split batches lie within the noise of each other, eager attention and continuous batching are slower.
+Not every setting was tried on every workload. Where lengths differ, its completions are cut after generation:
+`generate` computes finished rows until the longest ends, so nothing is added to its work. vLLM, which TRL can also
+sample with, does not run on these machines: nothing is said here about TRL with vLLM.
 
 What differs by design, and makes part of the ratio: TRL trains the groups whose rewards are all equal, which have no
 gradient, computes the prompt once for every member, and scores the prompt's positions in the head.
@@ -32,6 +34,11 @@ gradient, computes the prompt once for every member, and scores the prompt's pos
 def gib(count: float) -> str:
     """Bytes in GiB."""
     return f"{count / 2**30:.2f}"
+
+
+def ratio_of(value: float, pairs: int) -> str:
+    """A ratio; in bold where it rests on at least five pairs."""
+    return f"**{value:.2f}**" if pairs >= 5 else f"{value:.2f}"
 
 
 def spread(interval: list[float], pairs: int) -> str:
@@ -109,8 +116,8 @@ def page(stored: dict[str, Any], learned: dict[str, Any] | None = None) -> str:
         wall, cpu = ratio["wall_interval"], ratio["cpu_interval"]
         lines.append(
             f"| {run['case']} | {run['dtype']} | {run['threads']} | {theirs['wall_s']:.2f} | {ours['wall_s']:.2f} "
-            f"| **{ratio['wall']:.2f}** | {spread(wall, run['pairs'])} "
-            f"| **{ratio['cpu']:.2f}** | {spread(cpu, run['pairs'])} "
+            f"| {ratio_of(ratio['wall'], run['pairs'])} | {spread(wall, run['pairs'])} "
+            f"| {ratio_of(ratio['cpu'], run['pairs'])} | {spread(cpu, run['pairs'])} "
             f"| {gib(theirs['peak_bytes'])} | {gib(ours['peak_bytes'])} | {ratio['peak']:.0%} |"
         )
     lines += [

@@ -272,8 +272,11 @@ def test_two_models_do_not_share_what_they_attend_with():
         del other
         torch.testing.assert_close(stock(ids, at, one_sequence), expected, rtol=0, atol=0)
     assert stock.attend is None
-    with pytest.raises(RuntimeError, match="outside of a pass"):
-        first[0](input_ids=ids[None])
+    with torch.no_grad():
+        alone = first[0].model(input_ids=ids[None]).last_hidden_state[0]
+    torch.testing.assert_close(alone, expected, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="one whole sequence"):
+        first[0](input_ids=ids[None].repeat(2, 1))
 
 
 @pytest.mark.parametrize("spread", [0.0, 2.0])

@@ -126,7 +126,10 @@ def _attention(
             )
     attend: Attend | None = module.retrain_decoder.attend
     if attend is None:
-        raise RuntimeError("a module attends outside of a pass of its decoder")
+        # Somebody runs the model itself: one whole sequence needs nobody who knows which token sees which.
+        if len(query) > 1 or query.shape[2] != key.shape[2]:
+            raise RuntimeError("outside of a decoder's pass a model with an adapter runs one whole sequence only")
+        attend = one_sequence
     scale, window = how.get("scaling"), how.get("sliding_window")
     out = attend(
         module.layer_idx,
