@@ -77,7 +77,12 @@ def test_offsets_stay_true_where_lower_case_is_longer() -> None:
     assert characters("\u0130\u0130 notice that \u0130") == "...notice that.."
 
 
-@given(st.text(st.one_of(st.characters(), st.sampled_from("aKZ \u2019\u2013\u212a\u0130\u03a3\u00c9\u01c5\ud800")), max_size=12))
+@given(
+    st.text(
+        st.one_of(st.characters(), st.sampled_from("aKZ \u2019\u2013\u212a\u0130\u03a3\u00c9\u01c5\ud800")),
+        max_size=12,
+    )
+)
 def test_folding_is_lower_case_character_by_character(text: str) -> None:
     assert _fold(text) == text.replace("\u0130", "i").lower()
     assert len(_fold(text)) == len(text)
