@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
@@ -32,6 +33,51 @@ _EMPTY: Mapping[str, Any] = MappingProxyType({})
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+class TokenRanges:
+    """Half-open character ranges of N tokens, one after the other in one text: pairs (start, end) in text order.
+
+    Kept in bytes, so that a few spans of the text are found without every token's range; ``np.asarray`` gives
+    those, (N, 2).
+    """
+
+    def __init__(self, data: bytes, lengths_N: npt.NDArray[np.int64], ends_N: npt.NDArray[np.int64]) -> None:
+        """``data``: the text in UTF-8; a token's ``lengths_N`` bytes end before byte ``ends_N``."""
+        self._lengths_N, self._ends_N = lengths_N, ends_N
+        self._starts_N = ends_N - lengths_N
+        # Bytes that continue a character, of which there are few.
+        self._later = np.flatnonzero(np.frombuffer(data, dtype=np.int8) < -64)
+
+    def __len__(self) -> int:
+        return len(self._ends_N)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._array[at]
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.array(self._array, dtype=dtype, copy=copy)
+
+    @cached_property
+    def _array(self) -> npt.NDArray[np.int64]:
+        # A character's number is its byte's less the continuation bytes up to it.
+        reached = self._ends_N - np.searchsorted(self._later, self._ends_N, side="left")
+        starts = self._starts_N - np.searchsorted(self._later, self._starts_N, side="right")
+        # An empty token lies where the last character before it ends.
+        return np.stack([np.where(self._lengths_N > 0, starts, reached), reached]).T
+
+    def overlapping(self, spans: Sequence[tuple[int, int]]) -> BoolArray:
+        """One bool per token: does its range overlap one of ``spans``, half-open ranges of characters?"""
+        mask_N = np.zeros(len(self), dtype=np.bool_)
+        characters = np.array(spans, dtype=np.int64).reshape(-1, 2)
+        # How many characters come before each continuation byte, the one that it continues counted too.
+        before = self._later - np.arange(len(self._later))
+        at = characters + np.searchsorted(before, characters, side="right")
+        firsts = np.searchsorted(self._ends_N, at[:, 0], side="right").tolist()
+        lasts = np.searchsorted(self._starts_N, at[:, 1], side="left").tolist()
+        for first, last in zip(firsts, lasts, strict=True):
+            mask_N[first:last] = True
+        return mask_N & (self._lengths_N > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +220,7 @@ class Rollout:
     @property
     def num_sampled(self) -> int:
         """Number of sampled tokens, the end token included."""
-        return int(self.sampled_T.sum())
+        return int(np.count_nonzero(self.sampled_T))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrain.errors import ConfigError
-from retrain.renderer import TokenRanges
-from retrain.types import BoolArray
+from retrain.types import BoolArray, TokenRanges
 
 if TYPE_CHECKING:
     from retrain.config.schema import Config
