@@ -455,7 +455,12 @@ print(*reward._runner._sandbox.pids())
 
 
 def test_an_interrupt_at_the_terminal_is_not_the_childrens(make):
-    reward = make("match")
+    # Where the tests themselves run behind a shell's &, interrupts are ignored, and children would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        reward = make("match")
+    finally:
+        signal.signal(signal.SIGINT, before)
     for pid in pids(reward):
         assert os.getpgid(pid) == pid != os.getpgid(0)
         os.killpg(pid, signal.SIGINT)
