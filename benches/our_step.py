@@ -52,6 +52,7 @@ def main() -> None:
 
     from retrain.config.load import load
     from retrain.protocols import Engine
+    from retrain.tracking.rollouts import RolloutStore
     from retrain.tracking.run_log import RunLog
     from retrain.training.build import build
     from retrain.training.loop import train
@@ -162,7 +163,7 @@ def main() -> None:
             renderer,
             [Times()],
             generations=config.logging.generations,
-            rollouts=config.logging.rollouts,
+            store=RolloutStore(folder) if config.logging.rollouts else None,
         )
         parts.tasks, parts.environment, parts.reward, parts.log = Tasks(), Forced(renderer), Given(), log
         train(config, parts, Gate(pipe, now))

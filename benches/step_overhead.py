@@ -40,6 +40,7 @@ from retrain.fakes import FakeBackend
 from retrain.renderer import ChatRenderer, load_renderer
 from retrain.rewards.match import Match
 from retrain.sinks import ConsoleSink
+from retrain.tracking.rollouts import RolloutStore
 from retrain.tracking.run_log import RunLog
 from retrain.training import loop
 from retrain.training.batch import pack
@@ -193,7 +194,7 @@ def configuration(rollouts: int, tokens: int, transform: str) -> Config:
 @contextlib.contextmanager
 def parts_in(run: Path, config: Config, renderer: ChatRenderer, tokens: int) -> Iterator[Parts]:
     """A run with stand-ins for engine and learner; everything else is the product's."""
-    log = RunLog(run, renderer, [ConsoleSink(total_steps=0, plain=True)], generations=8, rollouts=True)
+    log = RunLog(run, renderer, [ConsoleSink(total_steps=0, plain=True)], generations=8, store=RolloutStore(run))
     events = EventLoop()
     rollouts = config.training.batch_size * GROUP
     try:

@@ -26,6 +26,7 @@ from retrain.config.schema import Config
 from retrain.errors import ModelError, UsageError
 from retrain.protocols import Backend, Renderer, State
 from retrain.roofline import Floor, Peaks, Row, Shape, Work, decode, floor, learn, prefill
+from retrain.tracking.rollouts import RolloutStore
 from retrain.tracking.run_log import RunLog
 from retrain.training.build import facts, sampling_of
 from retrain.training.checkpoint import Checkpoints
@@ -160,7 +161,11 @@ def measure(loaded: LoadedConfig, settings: Settings, *, progress: Progress) -> 
             backend.train_step = watch.learning(backend.train_step)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="retrain-bench-")))
         inner = RunLog(
-            folder, renderer, [], generations=config.logging.generations, rollouts=config.logging.rollouts
+            folder,
+            renderer,
+            [],
+            generations=config.logging.generations,
+            store=RolloutStore(folder) if config.logging.rollouts else None,
         )
         stack.callback(inner.close)
         log = _Log(

@@ -9,6 +9,7 @@ import logging
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ except ImportError:  # Windows has no advisory locks of this kind
 
 log = logging.getLogger("retrain")
 
+_LOCK_TRIES = 5
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 """What a full or closed disk says. Any other OSError (a lost connection, a time-out) is not about writing."""
 
@@ -205,13 +207,19 @@ def _locked(directory: Path) -> Generator[None]:
     """Hold the run directory against other processes; ConfigError when one writes there already."""
     with (directory / layout.LOCK).open("a") as file:
         if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConfigError(
-                    f"another process is writing the run in {directory}.",
-                    fix="wait for it, stop it, or give another --log-dir.",
-                ) from error
+            for tries_left in reversed(range(_LOCK_TRIES)):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if tries_left:
+                        # `retrain status` touches the lock for an instant to see whether a run lives.
+                        time.sleep(0.05)
+                        continue
+                    raise ConfigError(
+                        f"another process is writing the run in {directory}.",
+                        fix="wait for it, stop it, or give another --log-dir.",
+                    ) from error
         yield
 
 

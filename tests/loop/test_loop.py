@@ -13,6 +13,7 @@ from retrain.algorithms import credit
 from retrain.environments.single_turn import build as single_turn
 from retrain.errors import EngineError, LearnerError, RewardError, RunError
 from retrain.fakes import FakeBackend, FakeEngine, FakeRenderer, FakeReward, FakeSink, FakeTasks
+from retrain.tracking.rollouts import RolloutStore
 from retrain.tracking.run_log import RunLog
 from retrain.training.build import sampling_of
 from retrain.training.checkpoint import Checkpoints
@@ -30,7 +31,7 @@ def make_parts(tmp_path):
         renderer = FakeRenderer()
         run = tmp_path / directory
         sink = FakeSink()
-        log = RunLog(run, renderer, [sink], generations=4, rollouts=True)
+        log = RunLog(run, renderer, [sink], generations=4, store=RolloutStore(run))
         events = EventLoop()
         parts = Parts(
             backend=FakeBackend(positions=1),

@@ -52,7 +52,7 @@ def run_loop(tmp_path, make_config):
         config = make_config(training={**training, **changes.pop("training", {})}, **changes)
         renderer, directory = FakeRenderer(), tmp_path / f"run{len(opened)}"
         backend = backend or RecordingBackend()
-        log = RunLog(directory, renderer, [FakeSink()], generations=0, rollouts=False)
+        log = RunLog(directory, renderer, [FakeSink()], generations=0, store=None)
         events = EventLoop()
         opened.append((log, events))
         parts = Parts(

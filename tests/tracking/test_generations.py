@@ -59,7 +59,7 @@ class Sink:
 
 
 def write(run, sinks=(), generations=8, **changes):
-    log = RunLog(run, FakeRenderer(), sinks, generations=generations, rollouts=False)
+    log = RunLog(run, FakeRenderer(), sinks, generations=generations, store=None)
     log.begin({})
     log.step(4, {"uncertainty_kind": "surprisal"}, [group(**changes)])
     log.evaluation(5, {"eval/accuracy": 0.5})
@@ -129,7 +129,7 @@ def test_a_sink_that_cannot_be_closed_warns(tmp_path, caplog):
 
 
 def test_a_resume_tells_everything_up_to_the_checkpoint_to_sinks_that_replay(tmp_path):
-    log = RunLog(tmp_path, FakeRenderer(), [], generations=8, rollouts=False)
+    log = RunLog(tmp_path, FakeRenderer(), [], generations=8, store=None)
     log.evaluation(0, {"eval/accuracy": 0.25})
     log.step(0, {"loss": 0.1}, [group()])
     kept = log.state_dict()
@@ -144,7 +144,7 @@ def test_a_resume_tells_everything_up_to_the_checkpoint_to_sinks_that_replay(tmp
             self.calls.append((step, dict(metrics)))
 
     plain, asking = Sink(), Replaying()
-    log = RunLog(tmp_path, FakeRenderer(), [plain, asking], generations=8, rollouts=False)
+    log = RunLog(tmp_path, FakeRenderer(), [plain, asking], generations=8, store=None)
     log.load_state_dict(kept)
     assert plain.calls == []
     assert asking.calls == ["log", (0, {"eval/accuracy": 0.25}), "generations", "log", (0, {"loss": 0.1})]

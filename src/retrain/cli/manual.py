@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 
+from retrain.cli.commands import COMMANDS
 from retrain.config.templates import ASSETS
-from retrain.errors import UsageError
+from retrain.errors import NotInThisVersion, UsageError
 
 HELP = os.path.join(ASSETS, "help.txt")
 MANUAL = os.path.join(ASSETS, "manual.md")
 
-USAGE = """\
+USAGE = {
+    "man": """\
 Usage: retrain man [--topic NAME] [--list-topics] [--path] [--check | --sync]
 
 Shows the manual. --check fails when the bundled text is stale, --sync writes it anew.
-"""
+""",
+    "schema": "Usage: retrain schema\n",
+    "completion": "Usage: retrain completion bash|zsh|fish\n",
+}
 
 _BEGIN, _END = "<!-- generated: ", "<!-- end -->"
 
 
 def print_help(command: str = "") -> int:
     """The help text, or that of one command."""
-    if command == "man":
-        print(USAGE, end="")
-    elif command == "init":
-        from retrain.cli import create
-
-        print(create.USAGE, "\nTemplates:\n", create.listing(), sep="")
-    elif command in ("eval", "sample", "export"):
-        from retrain.cli import use
-
-        print(use.USAGE[command], end="")
-    elif command == "bench":
-        from retrain.cli import bench
-
-        print(bench.USAGE, end="")
+    usage: str | Mapping[str, str] | None = None
+    if command in COMMANDS and command != "demo":  # whose module is that of a run
+        module = import_module(COMMANDS[command][0].partition(":")[0])
+        usage = getattr(module, "USAGE", None)
+    text = usage.get(command) if isinstance(usage, Mapping) else usage
+    if text:
+        print(text, end="")
     else:
         print(_read(HELP), end="")
     return 0
@@ -64,6 +63,16 @@ def man(arguments: Sequence[str]) -> int:
             raise UsageError(f"unexpected argument {word!r}.", fix="`retrain man --topic NAME`.")
     print(_topic(topic) if topic else _text(), end="")
     return 0
+
+
+def schema(arguments: Sequence[str]) -> int:
+    """The command ``schema``."""
+    raise NotInThisVersion("retrain schema is not in this version.", fix="leave it out.")
+
+
+def completion(arguments: Sequence[str]) -> int:
+    """The command ``completion``."""
+    raise NotInThisVersion("retrain completion is not in this version.", fix="leave it out.")
 
 
 def topics() -> list[str]:

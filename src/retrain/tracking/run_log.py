@@ -18,7 +18,7 @@ import numpy as np
 
 from retrain.errors import ResumeError
 from retrain.protocols import Renderer, Sink, State
-from retrain.tracking import layout
+from retrain.tracking import layout, rollouts
 from retrain.types import CreditedGroup, FloatArray, Rollout
 
 log = logging.getLogger("retrain")
@@ -66,15 +66,20 @@ class RunLog:
     """The writer of one run directory, and the fan-out to sinks."""
 
     def __init__(
-        self, directory: Path, renderer: Renderer, sinks: Sequence[Sink], *, generations: int, rollouts: bool
+        self,
+        directory: Path,
+        renderer: Renderer,
+        sinks: Sequence[Sink],
+        *,
+        generations: int,
+        store: rollouts.RolloutStore | None,
     ) -> None:
         self.directory = directory
         self._renderer = renderer
         self._sinks = list(sinks)
         self._generations = generations
-        self._rollouts = rollouts
+        self._store = store
         (directory / "emergence").mkdir(parents=True, exist_ok=True)
-        (directory / layout.ROLLOUTS).mkdir(exist_ok=True)
         self._files = {name: (directory / name).open("ab") for name in _STREAMS}
         self._facts: dict[str, Any] = {}
         self.latest: dict[str, Any] = {}
@@ -99,8 +104,8 @@ class RunLog:
         self._append(layout.METRICS, {"step": step, **metrics})
         self._append(layout.STEPS, {"step": step, "tasks": [_task_record(g) for g in groups_P]})
         shown = self._write_generations(step, groups_P, str(metrics.get("uncertainty_kind", "")))
-        if self._rollouts:
-            _write_rollouts(self.directory / layout.rollout_file(step), groups_P)
+        if self._store is not None:
+            self._store.write(step, groups_P)
         if shown:
             self._tell("generations", step, shown)
         self._to_sinks(step, metrics)
@@ -222,10 +227,7 @@ class RunLog:
 
     def cut_rollouts(self, step: int) -> None:
         """Delete stored rollouts of 0-based steps from ``step`` on."""
-        for path in (self.directory / layout.ROLLOUTS).glob("step_*.npz"):
-            number = layout.checkpoint_step(path.stem)
-            if number is not None and number >= step:
-                path.unlink()
+        rollouts.cut(self.directory, step)
 
     def close(self) -> None:
         """Close files and sinks; safe to call twice."""
@@ -267,28 +269,3 @@ def _task_record(group: CreditedGroup) -> dict[str, Any]:
             if not v
         ],
     }
-
-
-def _write_rollouts(path: Path, groups_P: Sequence[CreditedGroup]) -> None:
-    """All rollouts of a step as flat arrays: ids, logprobs, masks and rewards, with one offset per rollout."""
-    rollouts = [r for g in groups_P for r in g.scored.rollouts_G]
-    scores = [s for g in groups_P for s in g.scored.scores_G]
-    arrays: dict[str, Any] = {
-        "offsets": np.cumsum([0, *(len(r.token_ids_T) for r in rollouts)]).astype(np.int64),
-        "token_ids": np.concatenate([r.token_ids_T for r in rollouts]),
-        "sampled": np.packbits(np.concatenate([r.sampled_T for r in rollouts])),
-        "planning": np.packbits(np.concatenate([p for g in groups_P for p in g.planning_G_T])),
-        "logprobs": np.concatenate([r.logprobs_T for r in rollouts]),
-        "rewards": np.array([s.reward for s in scores], dtype=np.float64),
-        "valid": np.concatenate([g.scored.valid_G for g in groups_P]),
-        "draw": np.array([g.scored.task.draw for g in groups_P for _ in g.scored.rollouts_G], dtype=np.int64),
-        "member": np.array([r.member for r in rollouts], dtype=np.int32),
-        "weights_version": np.array([r.weights_version for r in rollouts], dtype=np.int64),
-    }
-    entropies = [r.entropies_T for r in rollouts if r.entropies_T is not None]
-    if len(entropies) == len(rollouts):
-        arrays["entropies"] = np.concatenate(entropies)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-    temporary.replace(path)

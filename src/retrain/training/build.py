@@ -25,6 +25,7 @@ from retrain.environments.sources import TaskCursor, digest_of, load_tasks
 from retrain.errors import ConfigError, DataError
 from retrain.protocols import Renderer, Sink
 from retrain.tracking import layout
+from retrain.tracking.rollouts import RolloutStore
 from retrain.tracking.run_log import RunLog
 from retrain.training.checkpoint import Checkpoints
 from retrain.training.evaluate import Evaluator, Suites
@@ -139,7 +140,9 @@ def _main_evaluator(config: Config, renderer: Renderer) -> Evaluator:
         held_out = load_tasks(data, section.split)
     except DataError as error:
         # The sources know one section; these tasks come from the other.
-        raise DataError(error.message.replace("data.", "eval."), fix=error.fix.replace("data.", "eval.")) from error
+        raise DataError(
+            error.message.replace("data.", "eval."), fix=error.fix.replace("data.", "eval.")
+        ) from error
     return _evaluator_of(
         config, renderer, held_out,
         examples=section.examples, samples=section.samples, temperature=section.temperature,
@@ -207,7 +210,11 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
             *trackers,
         ]
         run_log = RunLog(
-            run_dir, renderer, sinks, generations=config.logging.generations, rollouts=config.logging.rollouts
+            run_dir,
+            renderer,
+            sinks,
+            generations=config.logging.generations,
+            store=RolloutStore(run_dir) if config.logging.rollouts else None,
         )
         stack.callback(run_log.close)
         yield Parts(
@@ -226,7 +233,9 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
             facts={
                 **facts(),
                 "tokenizer": renderer.fingerprint,
-                "schedule_steps": str(config.training.max_steps) if config.training.lr_schedule != "constant" else "",
+                "schedule_steps": str(config.training.max_steps)
+                if config.training.lr_schedule != "constant"
+                else "",
                 "eval_tasks": digest_of(held_out.tasks) if held_out else "",
                 "reward_code": getattr(reward, "code_digest", ""),
                 "plugins": ", ".join(map(" ".join, plugins.digests(named_plugins(config)).items())),
@@ -245,7 +254,11 @@ def _check_bounds(config: Config, bounds: tuple[float, float] | None) -> None:
             f'algorithm.advantage_mode = "maxrl" is derived for rewards in [0, 1]; these lie in '
             f"[{bounds[0]:g}, {bounds[1]:g}].",
             fix='write advantage_mode = "grpo", or '
-            + ("change the weights of reward.parts and reward.penalty." if composite else "use another reward."),
+            + (
+                "change the weights of reward.parts and reward.penalty."
+                if composite
+                else "use another reward."
+            ),
         )
 
 
