@@ -37,7 +37,10 @@ class Scene:
 
 
 SCENES = (
-    Scene("A configuration", "A template that needs no download and no GPU.", "retrain init --template tiny", ("Wrote retrain.toml",)),
+    Scene(
+        "A configuration", "A template that needs no download and no GPU.", "retrain init --template tiny",
+        ("Wrote retrain.toml",),
+    ),
     Scene(
         "Before it runs", "What the run will do, need and cost.", "retrain explain",
         ("rollouts", "trainable", "memory"),
@@ -144,8 +147,8 @@ def record() -> list[tuple[Scene, str, str]]:
 def page(played: list[tuple[Scene, str, str]]) -> str:
     """The session as Markdown."""
     parts = [
-        "# A session\n\nWhat a terminal shows, recorded by `python scripts/session.py` on two CPU cores with the embedded model. CI plays "
-        "the same session."
+        "# A session\n\nWhat a terminal shows, recorded by `python scripts/session.py` on two CPU cores with the embedded "
+        "model. CI plays the same session."
     ]
     for scene, middle, end in played:
         words = f"\n\n{scene.words}" if scene.words else ""
