@@ -338,7 +338,10 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True)
 class OptimStep:
-    """What one optimizer update needs: rates and limits, resolved for this step."""
+    """What one optimizer update needs: rates and limits, resolved for this step.
+
+    ``hash_gradient`` asks for ``StepReport.gradient_hash`` of a batch's first update.
+    """
 
     lr: float
     weight_decay: float
@@ -346,6 +349,7 @@ class OptimStep:
     beta2: float
     eps: float
     grad_clip: float
+    hash_gradient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +360,9 @@ class StepReport:
     gradient). ratio = exp(new logprob - old logprob) over the trained tokens, before the update; with dropout in
     the adapter it is measured without. ``clip_share`` is the share of trained tokens whose gradient the loss cut,
     ``tis_capped`` that whose importance weight was capped, ``kl_base`` the estimated KL divergence from the base
-    model and ``entropy`` the policy's, both in nats per token; None where the loss has no such term.
+    model and ``entropy`` the policy's, both in nats per token; None where the loss has no such term. ``gradient_hash``
+    is sha256 over the gradient before clipping (float32, parameters in the order of their names), "" where it was not
+    asked for or the backend cannot say.
     """
 
     loss: float | None
@@ -373,6 +379,7 @@ class StepReport:
     tis_capped: float | None = None
     kl_base: float | None = None
     entropy: float | None = None
+    gradient_hash: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,8 @@ class Algorithm:
     renderer's, and so is ``lines``, which is asked instead where there is one and the detector reads a whole group's
     responses as the lines of one text; ``params`` is what transforms and ``whole`` read (``beta``, ``alpha``, a plug-in's own);
     ``correct_at`` is the reward above which a rollout counts as correct, None where nothing says.
-    ``mask_truncated``: a rollout cut at its token limit takes part in everything and gets no credit itself.
+    ``mask_truncated``: a rollout cut at its token limit takes part in everything and gets no credit itself. ``marks``,
+    where there is one, knows a rollout's planning tokens, and the detector is not asked.
     """
 
     advantage: AdvantageFn | BatchAdvantageFn
@@ -88,6 +89,7 @@ class Algorithm:
     whole_name: str = ""
     mask_truncated: bool = False
     lines: Lines | None = None
+    marks: Callable[[Rollout], BoolArray] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +255,8 @@ def _uncertainties(members: Sequence[Rollout], algorithm: Algorithm) -> list[Flo
 
 def _planning_of(members: Sequence[Rollout], algorithm: Algorithm) -> list[BoolArray]:
     """Planning marks of every member, by one call of a detector that reads lines, else each by itself."""
+    if algorithm.marks is not None:
+        return [algorithm.marks(rollout) for rollout in members]
     if algorithm.lines is None or not members:
         return [_planning(rollout, algorithm) for rollout in members]
     # One unsampled token before each rollout and after the last: unbroken runs of sampled ones then stay apart.

@@ -103,6 +103,9 @@ class LocalBackend:
         loss = stats["loss"]
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         started = self._now()
+        # Only of a batch's first update: later ones start from weights that no checkpoint holds.
+        first = optim.hash_gradient and self._version == self._fixed.version
+        fingerprint = self._gradient_hash() if first else ""
         norm = float(torch.nn.utils.get_total_norm(gradients))
         skipped = ""
         if loss is None or not math.isfinite(loss):
@@ -144,7 +147,17 @@ class LocalBackend:
             tis_capped=known("tis_capped"),
             kl_base=known("kl_base"),
             entropy=known("entropy"),
+            gradient_hash=fingerprint,
         )
+
+    def _gradient_hash(self) -> str:
+        """sha256 over the adapter's gradients as float32, in the order of the parameters' names."""
+        found = hashlib.sha256()
+        for name, p in sorted(self.policy.adapter.items()):
+            found.update(name.encode() + b"\0")
+            if p.grad is not None:
+                found.update(p.grad.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def gradient(self, batch: TrainBatch) -> dict[str, float | None]:
         """Leave the batch's gradient in the adapter's ``.grad`` and return loss, ratios and shares."""

@@ -402,6 +402,10 @@ class Logging(Section):
     )
     generations: Limit = Field(default=8, description="Rollouts per step that are written as text.")
     rollouts: bool = Field(default=True, description="Store every rollout compactly, for replay.")
+    rollouts_mb: Limit = Field(
+        default=2000,
+        description="Megabytes of stored rollouts, beyond which the oldest steps are dropped; 0: no limit.",
+    )
 
 
 class Plugins(Section):

@@ -105,7 +105,7 @@ class RunLog:
         self._append(layout.STEPS, {"step": step, "tasks": [_task_record(g) for g in groups_P]})
         shown = self._write_generations(step, groups_P, str(metrics.get("uncertainty_kind", "")))
         if self._store is not None:
-            self._store.write(step, groups_P)
+            self._store.write(step, groups_P, metrics)
         if shown:
             self._tell("generations", step, shown)
         self._to_sinks(step, metrics)

@@ -214,7 +214,11 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
             renderer,
             sinks,
             generations=config.logging.generations,
-            store=RolloutStore(run_dir) if config.logging.rollouts else None,
+            store=RolloutStore(
+                run_dir, limit_mb=config.logging.rollouts_mb, temperature=config.training.temperature
+            )
+            if config.logging.rollouts
+            else None,
         )
         stack.callback(run_log.close)
         yield Parts(

@@ -75,6 +75,7 @@ def learner_metrics(batch: TrainBatch, reports: Sequence[StepReport]) -> dict[st
         "loss_is_placeholder": first.loss_is_placeholder if first else False,
         "grad_norm": first.grad_norm if first else None,
         "grad_clipped": any(r.grad_clipped for r in reports),
+        "gradient_hash": (first.gradient_hash or None) if first else None,
         "ratio_mean": first.ratio_mean if first else None,
         "ratio_min": first.ratio_min if first else None,
         "ratio_max": first.ratio_max if first else None,

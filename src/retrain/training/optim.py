@@ -35,4 +35,12 @@ def optim_at(config: Config, step: int) -> OptimStep:
         config.optimizer.beta2,
         config.optimizer.eps,
         config.loss.grad_clip,
+        hash_gradient=starts_stored(config, step),
     )
+
+
+def starts_stored(config: Config, step: int) -> bool:
+    """Do the weights that the 0-based ``step`` starts from lie in a checkpoint, by the settings alone? Step 0's follow from
+    the configuration."""
+    every = config.training.save_every
+    return step == 0 or (every > 0 and step % every == 0)
