@@ -34,7 +34,7 @@ def test_prompts_are_computed_beside_a_full_cache_and_a_draw(monkeypatch, gigaby
     made = plan(monkeypatch, gigabytes, 16384)
     cache = made.kv_tokens * 144 * 1024
     draw = made.sample_rows * 151936 * 40
-    prompts = made.prefill_tokens * memory._layer_bytes(QWEN3_4B, 8, 128, 2, True)
+    prompts = made.prefill_tokens * memory.layer_bytes(QWEN3_4B, 8, 128, 2, True)
     assert 2 * WEIGHTS + cache + draw + prompts < 0.9 * gigabytes * 2**30
     assert 1024 <= made.prefill_tokens <= 4096
 
@@ -44,7 +44,7 @@ def test_16k_tokens_of_a_4b_model_stay_within_18_gb(monkeypatch, gigabytes):
     made = plan(monkeypatch, gigabytes, 16384)
     assert made.checkpointing
     assert made.microbatch_tokens == 16384
-    layer = memory._layer_bytes(QWEN3_4B, 8, 128, 2, True)
+    layer = memory.layer_bytes(QWEN3_4B, 8, 128, 2, True)
     kept = made.microbatch_tokens * (2 * 2560 * 36 + 2 * layer)
     assert 2 * WEIGHTS + kept + 66_060_288 * 16 < 18e9
 
@@ -77,5 +77,5 @@ def test_the_plan_knows_what_a_layer_keeps(make_config, random_model):
         out = policy.forward(ids, torch.arange(256), one_sequence)
     assert out.requires_grad
     config = policy.model.config
-    planned = memory._layer_bytes(config, 2, 32, 4, False) * config.num_hidden_layers
+    planned = memory.layer_bytes(config, 2, 32, 4, False) * config.num_hidden_layers
     assert 0.5 * planned < total / 256 < 1.2 * planned

@@ -1,15 +1,15 @@
-"""The memory plan: how much work one forward pass may hold on a device of a given size."""
+"""The memory plan: how much work one forward pass may hold on a device of a given size.
 
-# torch is only partly typed: what it returns is Any here.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+Imports no torch, so that an estimate follows the very plan that a run will follow: devices and number formats may be
+torch's own or the two small types here.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from importlib import import_module
+from typing import Any, Protocol
 
 _MEMORY_CLASSES_GB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 _CPU_BUDGET_GB = 8
@@ -20,18 +20,51 @@ _ENOUGH_TOKENS = 4096
 sampler's pass over prompts needs no more."""
 
 
-def _class_gb(device: torch.device) -> int:
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory / 2**30
+class Device(Protocol):
+    """What the plan asks of a device: ``cuda`` or ``cpu``. A torch.device is one."""
+
+    @property
+    def type(self) -> str: ...
+
+
+class NumberFormat(Protocol):
+    """What the plan asks of a number format: bytes per number. A torch.dtype is one."""
+
+    @property
+    def itemsize(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A device that need not be here: ``type`` cuda or cpu, ``total_memory`` in bytes."""
+
+    type: str
+    total_memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A number format: bytes per number."""
+
+    itemsize: int
+
+
+def _class_gb(device: Device) -> int:
+    if isinstance(device, Card):
+        total = device.total_memory / 2**30
+    elif device.type == "cuda":
+        # By name: whoever holds a torch device has imported torch, everyone else must do without.
+        cuda: Any = import_module("torch.cuda")
+        total = cuda.get_device_properties(device).total_memory / 2**30
     else:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return max((c for c in _MEMORY_CLASSES_GB if c * 0.93 <= total), default=_MEMORY_CLASSES_GB[0])
 
 
-def merged_copies_fit(parameters: int, device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+def merged_copies_fit(parameters: int, device: Device, dtype: NumberFormat) -> bool:
     """May sampling hold merged float32 copies beside the base? Where both leave 40 % of the memory class. A bf16 base
     whose products are float32 is held in both formats."""
-    held = 4 if dtype == torch.float32 else 4 + dtype.itemsize
+    held = 4 if dtype.itemsize == 4 else 4 + dtype.itemsize
     return (held + 4) * parameters <= 0.6 * _class_gb(device) * 2**30
 
 
@@ -56,12 +89,12 @@ class MemoryPlan:
 
     @classmethod
     def for_model(
-        cls, config: Any, device: torch.device, dtype: torch.dtype, parameters: int, longest: int
+        cls, config: Any, device: Device, dtype: NumberFormat, parameters: int, longest: int
     ) -> MemoryPlan:
         """Plan for a model of ``parameters`` weights and rows of at most ``longest`` tokens."""
         gigabytes = _class_gb(device) if device.type == "cuda" else _CPU_BUDGET_GB
         size = dtype.itemsize
-        copies = 2 if dtype == torch.float32 and merged_copies_fit(parameters, device) else 1
+        copies = 2 if size == 4 and merged_copies_fit(parameters, device, dtype) else 1
         weights = copies * parameters * size if device.type == "cuda" else 0
         room = max(gigabytes * 2**30 * 0.9 - weights, gigabytes * 2**30 * 0.1)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -73,24 +106,24 @@ class MemoryPlan:
         kv_tokens = int(room * (0.85 if cuda else 0.5) / (kv_bytes * (1 + 0.5 / layers)))
         # Drawing a token holds about six numbers per row and vocabulary entry, some of them 8 bytes wide.
         sample_rows = max(1, int(room * 0.1 / (config.vocab_size * 40)))
-        layer_bytes = _layer_bytes(config, heads, head_dim, size, cuda)
-        kept_bytes = layer_bytes * layers
+        layer = layer_bytes(config, heads, head_dim, size, cuda)
+        kept_bytes = layer * layers
         budget = room * 0.6
         # Beside what all layers keep stand the gradients of the layer that the backward pass is in.
-        tokens = budget / (kept_bytes + layer_bytes)
+        tokens = budget / (kept_bytes + layer)
         checkpointing = cuda and tokens < max(longest, _ENOUGH_TOKENS)
         if checkpointing:
-            tokens = budget / (size * hidden * layers + 2 * layer_bytes)
+            tokens = budget / (size * hidden * layers + 2 * layer)
         head_tokens = max(16, min(4096, int(room * 0.02 / (hidden * 16))))
         ceiling = _CEILING_TOKENS["cuda" if cuda else "cpu"]
         # What is left beside cache and draw. A layer holds at most what it would keep for a backward pass.
-        prefill_tokens = max(64, int(min(room * 0.05 / layer_bytes, _ENOUGH_TOKENS, ceiling)))
+        prefill_tokens = max(64, int(min(room * 0.05 / layer, _ENOUGH_TOKENS, ceiling)))
         microbatch_tokens = max(int(min(tokens, ceiling)), longest)
         return cls(kv_tokens, sample_rows, microbatch_tokens, head_tokens, checkpointing, prefill_tokens)
 
 
-def _layer_bytes(config: Any, kv_heads: int, head_dim: int, size: int, cuda: bool) -> float:
-    """What one layer keeps of a token for its backward pass: residual and normed inputs of both halves; queries, keys and
+def layer_bytes(config: Any, kv_heads: int, head_dim: int, size: int, cuda: bool) -> float:
+    """Bytes that one layer keeps of a token for its backward pass: residual and normed inputs of both halves; queries, keys and
     values before and after the rotation and once more padded; the attention's output twice; gate, up and their product."""
     queries = config.num_attention_heads * head_dim
     heads = queries + 2 * kv_heads * head_dim
