@@ -242,6 +242,18 @@ class ChatRenderer:
         """int32 ids of a text as it is, without a template; special tokens written in it are taken as such."""
         return np.asarray(self._tokenizer.encode(text), dtype=np.int32)
 
+    def encode_answer(self, text: str) -> IntArray:
+        """int32 ids of a text as it would go on after a prompt: nothing is put before it or after it."""
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+
+    def shown(self, token_id: int) -> str:
+        """What stands for one id on a screen: its text, ``\\xe2`` for bytes that are no whole character, or the name of
+        a special token, such as ``<|im_end|>``."""
+        piece = self._bytes(token_id) if self._byte_level else b""
+        if piece:
+            return piece.decode(errors="backslashreplace")
+        return str(self._tokenizer.convert_ids_to_tokens(token_id) or f"<{token_id}>")
+
     def decode(self, token_ids: IntArray) -> str:
         """Text of the ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         if self._byte_level:

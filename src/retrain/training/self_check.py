@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from retrain.protocols import Reward
-from retrain.types import Rollout, Task
+from retrain.types import Rollout, Score, Task
 
 _SHOWN = 5
+_AT_ONCE = 8
+"""Tasks that are scored at the same time: rewards in child processes take turns otherwise."""
+
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +74,39 @@ def responses(task: Task, reward_type: str) -> list[str]:
 
 
 async def check_references(
-    tasks: Sequence[Task], reward: Reward, reward_type: str, *, threshold: float = 0.5
+    tasks: Sequence[Task],
+    reward: Reward,
+    reward_type: str,
+    *,
+    threshold: float = 0.5,
+    by_source: Mapping[str, str] = _NONE,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Score every task's own reference. A reference is accepted when one of its forms passes, or is worth more than
-    ``threshold`` where the reward gives a number only."""
+    ``threshold`` where the reward gives a number only. ``by_source``: the rewards of sources that have one of their own;
+    ``progress`` is called with the number of tasks done and of all."""
+    room, done = asyncio.Semaphore(_AT_ONCE), 0
+
+    async def one(task: Task) -> Sequence[Score]:
+        nonlocal done
+        scores: Sequence[Score] = ()
+        if task.reference.strip():
+            async with room:
+                texts = responses(task, by_source.get(task.source, reward_type))
+                scores = await reward.score(task, [_rollout(task, i, text) for i, text in enumerate(texts)])
+        done += 1
+        if progress is not None:
+            progress(done, len(tasks))
+        return scores
+
+    scores_P = await asyncio.gather(*(one(task) for task in tasks))
     accepted = without = 0
     refused: list[Finding] = []
     failed: list[Finding] = []
-    for task in tasks:
-        if not task.reference.strip():
+    for task, scores in zip(tasks, scores_P, strict=True):
+        if not scores:
             without += 1
             continue
-        texts = responses(task, reward_type)
-        scores = await reward.score(task, [_rollout(task, i, text) for i, text in enumerate(texts)])
         good = [s for s in scores if not s.error]
         if any(s.passed if s.passed is not None else s.reward > threshold for s in good):
             accepted += 1

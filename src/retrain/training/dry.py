@@ -1,0 +1,97 @@
+"""The parts of a run that need no model, for the commands that look before a run: made as ``training/build.py`` makes
+them. Leaves out: learner, sampler, trackers, and every file of a run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from retrain import plugins
+from retrain.algorithms import credit
+from retrain.algorithms.credit import Algorithm
+from retrain.algorithms.sepa import SepaSchedule
+from retrain.config.own import named_plugins
+from retrain.config.schema import Config
+from retrain.environments.mixture import training_tasks
+from retrain.protocols import Environment, Renderer, Reward, TaskSource
+from retrain.training.build import evaluator
+from retrain.training.own_parts import make_environment
+from retrain.types import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a run is made of besides its model. ``tasks`` are all training tasks, ``source`` deals them out, and
+    ``held_out`` are those of evaluations."""
+
+    renderer: Renderer
+    tasks: tuple[Task, ...]
+    source: TaskSource
+    held_out: tuple[Task, ...]
+    environment: Environment
+    reward: Reward
+    algorithm: Algorithm
+    schedule: SepaSchedule
+
+
+@contextlib.contextmanager
+def parts(config: Config) -> Generator[Parts]:
+    """Make the parts and close them at the end; errors are those that the run would raise."""
+    with contextlib.ExitStack() as stack:
+        renderer = load_renderer(config)
+        tasks, source = training_tasks(config)
+        held_out = evaluator(config, renderer)
+        reward = plugins.load("reward", "routed")(config, renderer)
+        stack.callback(close, reward)
+        yield Parts(
+            renderer=renderer,
+            tasks=tuple(tasks),
+            source=source,
+            held_out=tuple(held_out.tasks) if held_out else (),
+            environment=make_environment(config, renderer),
+            reward=reward,
+            algorithm=credit.build(config, renderer),
+            schedule=credit.build_schedule(config),
+        )
+
+
+def load_renderer(config: Config) -> Renderer:
+    """The run's tokenizer and chat template, without torch where nothing else of the configuration may want it."""
+    with _torch_hidden() if _torch_is_idle(config) else contextlib.nullcontext():
+        return plugins.load("renderer", "chat")(
+            config.model.model, revision=config.model.revision, template_args=config.data.template_args
+        )
+
+
+def close(part: object) -> None:
+    """Close a part that can be closed."""
+    if (end := getattr(part, "close", None)) is not None:
+        end()
+
+
+def _torch_is_idle(config: Config) -> bool:
+    """Nothing in this process but the tokenizer could ask transformers for torch, and neither is loaded yet."""
+    if "transformers" in sys.modules or "torch" in sys.modules:
+        return False
+    own = named_plugins(config) or (config.reward.type == "custom" and not config.reward.isolate)
+    return not own and config.planning.detector == "regex"
+
+
+@contextlib.contextmanager
+def _torch_hidden() -> Generator[None]:
+    """transformers imports torch wherever it is installed, which takes seconds; its tokenizers work without."""
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(quiet)
+    os.environ[quiet] = "1"
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType] - what Python's import calls absent
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+        if before is None:
+            del os.environ[quiet]
+        else:
+            os.environ[quiet] = before
