@@ -9,6 +9,8 @@ from retrain.errors import ConfigError
 
 CONFIG = "config.toml"
 RUN = "run.json"
+HEARTBEAT = "heartbeat.json"
+"""Beside it, written every few seconds: what the run is doing."""
 METRICS = "metrics.jsonl"
 STEPS = "emergence/steps.jsonl"
 GENERATIONS = "emergence/generations.jsonl"
@@ -66,7 +68,7 @@ def _present(directory: Path, names: tuple[str, ...]) -> list[str]:
 
 def clear(directory: Path) -> None:
     """Remove a run's files, and nothing else, from a directory; its events.log goes on."""
-    for name in (CONFIG, RUN, METRICS, TRAINER_STATE):
+    for name in (CONFIG, RUN, HEARTBEAT, METRICS, TRAINER_STATE):
         (directory / name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, ROLLOUTS, ADAPTER, Path(STEPS).parent.name):
         shutil.rmtree(directory / name, ignore_errors=True)

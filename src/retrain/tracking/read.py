@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import platform
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,11 +21,20 @@ from retrain.errors import UsageError
 from retrain.tracking import layout
 from retrain.tracking.vitals import is_evaluation
 
-State: TypeAlias = Literal["done", "failed", "interrupted", "running", "silent", "dead", "unknown"]
-"""``silent``: its process lives but has not beaten for a while; ``dead``: it says it runs and its process is gone."""
+State: TypeAlias = Literal["done", "failed", "interrupted", "running", "silent", "hung", "dead", "unknown"]
+"""``dead``: it says it runs and its process is gone. ``silent``: its process is there and has not beaten for a while.
+``hung``: it beats, but what it does has not moved for much longer than usual. A slow run is ``running``."""
 
-SILENT_S = 60.0
-"""Seconds without a heartbeat after which a run counts as silent."""
+SILENT_S = 30.0
+"""Seconds without a heartbeat, which comes every two, after which a run of this machine counts as silent."""
+SILENT_ELSEWHERE_S = 180.0
+"""The same for a run of another machine, whose clock differs and whose files arrive late."""
+HUNG_S = 120.0
+"""Seconds without any progress before a run can count as hung,"""
+_HUNG_TIMES = 4.0
+"""and so many times the longest that this phase took of late,"""
+_HUNG_FIRST_S = 1800.0
+"""or this where the phase has not ended before: the default of training.phase_timeout_s."""
 _TAIL = 1 << 16
 _DEPTH = 4
 
@@ -51,7 +62,27 @@ class RunRecord:
             return {}
         return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
 
+    @cached_property
+    def beat(self) -> dict[str, Any]:
+        """The last heartbeat of this start: see ``heartbeat.Pulse.look``; empty where there is none."""
+        try:
+            found = json.loads((self.path / layout.HEARTBEAT).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        if not isinstance(found, dict):
+            return {}
+        beat = cast("dict[str, Any]", found)
+        # What an earlier start has left says nothing about this one.
+        same = all(beat.get(key) == self.facts.get(key) for key in ("pid", "started"))
+        return beat if same else {}
+
     @property
+    def is_here(self) -> bool:
+        """Does, or did, the run's process belong to this machine?"""
+        host = platform.node()
+        return self.facts.get("host", host) == host
+
+    @cached_property
     def state(self) -> State:
         """What became of the run, as far as its files and this machine can tell."""
         status = self.facts.get("status")
@@ -59,16 +90,56 @@ class RunRecord:
             return cast("State", status)
         if status != "running":
             return "unknown"
-        here = self.facts.get("host", os.uname().nodename) == os.uname().nodename
-        if here and not _is_locked(self.path / layout.LOCK):
+        if self.is_here and not _is_locked(self.path / layout.LOCK):
             return "dead"
-        return "silent" if self.heartbeat_age > SILENT_S else "running"
+        if self.heartbeat_age > (SILENT_S if self.is_here else SILENT_ELSEWHERE_S):
+            return "silent"
+        return "hung" if self.still_s > self.patience_s else "running"
+
+    @property
+    def why_silent(self) -> str:
+        """What this machine knows about a silent run's process, in words; "" where it knows nothing."""
+        pid = self.facts.get("pid")
+        if not self.is_here or not isinstance(pid, int):
+            return f"it ran on {self.facts.get('host')}" if not self.is_here else ""
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            if Path("/proc/self/stat").exists():
+                return f"process {pid} is gone, but another one holds the directory"
+            return ""
+        # The name in brackets may hold anything, also brackets.
+        code = stat.rpartition(")")[2].split()[0]
+        if code in "Tt":
+            return f"process {pid} is stopped: kill -CONT {pid} lets it go on"
+        if code == "D":
+            return f"process {pid} waits for a disk or a device"
+        return f"process {pid} is there and does not answer"
 
     @property
     def heartbeat_age(self) -> float:
         """Seconds since the run last said that it lives; infinite when it never has."""
-        beat = self.facts.get("heartbeat")
-        return max(0.0, time.time() - beat) if isinstance(beat, int | float) else float("inf")
+        beats = [
+            b for b in (self.beat.get("time"), self.facts.get("heartbeat")) if isinstance(b, int | float)
+        ]
+        return max(0.0, time.time() - max(beats)) if beats else math.inf
+
+    @property
+    def still_s(self) -> float:
+        """Seconds for which nothing had moved when the run last beat; 0 where that is unknown."""
+        beat = self.beat
+        moved, said = beat.get("moved"), beat.get("time")
+        if not (isinstance(moved, int | float) and isinstance(said, int | float)):
+            return 0.0
+        return max(0.0, float(said) - float(moved))
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds without progress that are still usual for what the run does now."""
+        usual = self.beat.get("usual_s")
+        if not isinstance(usual, int | float):
+            return _HUNG_FIRST_S
+        return max(HUNG_S, _HUNG_TIMES * usual)
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:

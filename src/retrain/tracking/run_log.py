@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ import numpy as np
 from retrain.errors import ResumeError
 from retrain.protocols import Renderer, Sink, State
 from retrain.tracking import layout, rollouts
+from retrain.tracking.heartbeat import Phase, Pulse, alarm_record
+from retrain.tracking.vitals import Watch, is_evaluation
 from retrain.types import CreditedGroup, FloatArray, Rollout
 
 log = logging.getLogger("retrain")
@@ -82,13 +85,19 @@ class RunLog:
         (directory / "emergence").mkdir(parents=True, exist_ok=True)
         self._files = {name: (directory / name).open("ab") for name in _STREAMS}
         self._facts: dict[str, Any] = {}
+        self._pulse = Pulse(directory / layout.HEARTBEAT, memory=self._device_memory)
+        self._watch = Watch()
+        self._alarms = 0
         self.latest: dict[str, Any] = {}
         """The newest value of every metric of this start."""
 
     def begin(self, facts: Mapping[str, Any]) -> None:
-        """Write run.json with the facts of this start (versions, device, git) and status running."""
-        self._facts = dict(facts)
+        """Write run.json with the facts of this start (versions, device, git) and status running, and begin to beat."""
+        self._facts = {**facts, "host": platform.node(), "started": time.time()}
         self.status("running", step=None)
+        told = {key: self._facts.get(key) for key in ("host", "started", "max_steps")}
+        self._pulse.start({"pid": os.getpid(), **told, "alarms": self._alarms})
+        self._tell("follow", self._pulse.look)
 
     def status(self, status: str, *, step: int | None) -> None:
         """Replace run.json: status, process id, heartbeat (seconds since the epoch), completed steps."""
@@ -97,10 +106,32 @@ class RunLog:
         facts = {**self._facts, "status": status, "pid": os.getpid(), "heartbeat": time.time()}
         write_atomically(self.directory / layout.RUN, json.dumps(facts, indent=2) + "\n", durable=False)
         if status != "running":
+            self._pulse.stop()
             self._tell("ended", status)
+
+    def follow(self, engine: object, counters: object) -> None:
+        """Whose counts the heartbeat shows: see ``Pulse.follow``."""
+        self._pulse.follow(engine, counters)
+
+    def phase(self, name: Phase, *, of: int = 0) -> None:
+        """The run begins to do something else; ``of`` is the number of rollouts that this will take, if it is known."""
+        self._pulse.phase(name, of=of)
+
+    def collecting(self, name: str) -> None:
+        """The event loop samples or scores: a phase of its own in a step, a part of an evaluation otherwise."""
+        if self._pulse.name in ("sampling", "scoring"):
+            self._pulse.phase("scoring" if name == "scoring" else "sampling")
+
+    def _device_memory(self) -> dict[str, Any]:
+        """Memory besides the process's own, from the first sink that knows of some."""
+        for sink in self._sinks:
+            if ask := getattr(sink, "device_memory", None):
+                return ask()
+        return {}
 
     def step(self, step: int, metrics: Mapping[str, Any], groups_P: Sequence[CreditedGroup]) -> None:
         """Record one training step everywhere and beat the heart."""
+        self.phase("saving")
         self._append(layout.METRICS, {"step": step, **metrics})
         self._append(layout.STEPS, {"step": step, "tasks": [_task_record(g) for g in groups_P]})
         shown = self._write_generations(step, groups_P, str(metrics.get("uncertainty_kind", "")))
@@ -109,11 +140,25 @@ class RunLog:
         if shown:
             self._tell("generations", step, shown)
         self._to_sinks(step, metrics)
+        self._raise_alarms(step, metrics)
         self.status("running", step=step + 1)
+
+    def _raise_alarms(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Say once per episode what has left its healthy range, on the console, in events.log and with the heartbeat."""
+        raised = self._watch.observe({"step": step, **metrics})
+        self._alarms += len(raised)
+        for alarm in raised:
+            log.warning("alarm: %s", alarm.line)
+            self._tell("alarm", alarm)
+        if raised:
+            self._pulse.note(alarms=self._alarms, alarm=alarm_record(raised[-1]))
+        self._pulse.note(ill=self._watch.ill)
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record one evaluation after ``step`` completed steps."""
+        self.phase("saving")
         self._append(layout.METRICS, {"step": step, **metrics})
+        self._pulse.note(evaluation=_shown_evaluation(step, metrics))
         self._to_sinks(step, metrics)
 
     def _to_sinks(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -208,7 +253,19 @@ class RunLog:
             with path.open("r+b") as file:
                 file.truncate(length)
             self._files[name] = path.open("ab")
+        self._recall()
         self._replay()
+
+    def _recall(self) -> None:
+        """Bring the watch to where it stood: an episode that goes on is not said again."""
+        for row in _rows(self.directory / layout.METRICS):
+            raised = self._watch.observe(row)
+            self._alarms += len(raised)
+            if raised:
+                self._pulse.note(alarm=alarm_record(raised[-1]))
+            if is_evaluation(row):
+                self._pulse.note(evaluation=_shown_evaluation(row["step"], row))
+        self._pulse.note(ill=self._watch.ill)
 
     def _replay(self) -> None:
         """Hand everything up to the checkpoint once more to sinks that ask for it: they know what they hold."""
@@ -231,6 +288,7 @@ class RunLog:
 
     def close(self) -> None:
         """Close files and sinks; safe to call twice."""
+        self._pulse.stop()
         for file in self._files.values():
             file.close()
         for sink in self._sinks:
@@ -239,6 +297,12 @@ class RunLog:
             except (Exception, SystemExit) as error:  # noqa: BLE001 - as in _to_sinks
                 log.warning("%s failed to close: %s", type(sink).__name__, error)
         self._sinks = []
+
+
+def _shown_evaluation(step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What a status says about the last evaluation."""
+    keys = ("accuracy", "accuracy_low", "accuracy_high", "mean_reward", "source")
+    return {"step": step, **{key: metrics.get(f"eval/{key}") for key in keys}}
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

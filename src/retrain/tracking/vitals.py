@@ -1,34 +1,48 @@
 """The core metrics of a run: what each means, where it is healthy, and what to do when it is not.
 
 Defined once: the console's alarms, ``status``, ``top``, the report and the docs all read this table. An alarm is raised
-when a metric leaves its healthy range and again only after it has been back inside.
+when a metric leaves its healthy range, and again only after it has been back inside for ``WELL`` steps. Judgements look
+at the run's own recent past where a fixed limit would fit one model, task or number format and no other, and they wait
+until what they have seen is more than noise: a run of eight rollouts a step is judged over more steps than one of 512.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 Row: TypeAlias = Mapping[str, Any]
 """One line of metrics.jsonl."""
+Judge: TypeAlias = Callable[[Sequence[float], Sequence[Row]], str]
+"""(values, rows) -> what is wrong in words, "" for healthy."""
 
 WINDOW = 20
 """Steps that a judgement of drift looks back on."""
+WELL = 5
+"""Healthy steps in a row that end an episode."""
+_BASE = WINDOW // 2
+"""Steps at the window's beginning that the newest are compared with."""
 _SETTLED = 5
-"""Steps before a share is judged: the first ones are noise."""
+"""Steps before a share is judged, and the newest ones of a comparison."""
+_ROLLOUTS = 64
+_GROUPS = 30
+"""Rollouts, or groups, over which a share is judged; where a step has few, this takes up to ``WINDOW`` steps."""
+_SURE = 4.0
+"""Standard errors by which two means must differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vital:
     """One core metric.
 
-    ``value`` reads it from a row, None where the row does not say. ``judge`` gets the metric's known values, oldest
-    first, the newest last and at most ``WINDOW`` + 1 of them, and answers with what is wrong in words, "" for healthy.
-    ``unit`` is "" for plain numbers; shares are in [0, 1] and shown in percent (unit "%").
+    ``value`` reads it from a row, None where the row does not say. ``judge`` gets the metric's known values and their
+    rows, oldest first, the newest last and at most ``WINDOW`` + 1 of them. ``healthy`` is the range in words and
+    ``advice`` what to do outside it. ``unit`` is "" for plain numbers; shares are in [0, 1] and shown in percent (unit
+    "%").
     """
 
     name: str
@@ -37,7 +51,7 @@ class Vital:
     healthy: str
     advice: str
     value: Callable[[Row], float | None]
-    judge: Callable[[Sequence[float]], str]
+    judge: Judge
 
     def text(self, value: float | None) -> str:
         """The value with its unit, for people."""
@@ -66,159 +80,268 @@ class Alarm:
         return f"{self.message} {self.advice}"
 
 
-def _read(key: str) -> Callable[[Row], float | None]:
-    def value(row: Row) -> float | None:
-        found = row.get(key)
-        return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
+def number(row: Row, key: str) -> float | None:
+    """A finite number of a row, None where it holds none."""
+    found = row.get(key)
+    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
-    return value
+
+def _read(key: str) -> Callable[[Row], float | None]:
+    return lambda row: number(row, key)
+
+
+_SILENT = ("all_correct", "all_wrong", "equal_rewards")
 
 
 def _silent_share(row: Row) -> float | None:
-    groups = row.get("batch_size")
-    if not groups:
-        return None
-    silent = (row.get(f"skipped_{why}", 0) or 0 for why in ("all_correct", "all_wrong", "equal_rewards"))
-    return sum(silent) / groups
+    groups = number(row, "batch_size")
+    return sum(number(row, f"skipped_{why}") or 0.0 for why in _SILENT) / groups if groups else None
 
 
 def _ratio_gap(row: Row) -> float | None:
-    ends = [row.get(key) for key in ("ratio_min", "ratio_max")]
-    known = [abs(e - 1) for e in ends if isinstance(e, int | float) and math.isfinite(e)]
+    """The largest |log ratio| of a token: the same for a factor of 2 up and down."""
+    ends = [number(row, key) for key in ("ratio_min", "ratio_max")]
+    known = [abs(math.log(end)) if end > 0 else math.inf for end in ends if end is not None]
     return max(known) if known else None
 
 
-def _sampling_share(row: Row) -> float | None:
-    whole, sampling = row.get("step_time_s"), row.get("sample_time_s")
-    return sampling / whole if whole and sampling is not None else None
+def _share_of_time(key: str) -> Callable[[Row], float | None]:
+    def share(row: Row) -> float | None:
+        whole, part = number(row, "step_time_s"), number(row, key)
+        return part / whole if whole and part is not None else None
+
+    return share
 
 
-def _settled(values: Sequence[float]) -> list[float]:
-    return list(values[-_SETTLED:]) if len(values) >= _SETTLED else []
+def _groups(row: Row) -> float:
+    return number(row, "batch_size") or 1.0
 
 
-def _fine(values: Sequence[float]) -> str:
-    del values
+def _rollouts(row: Row) -> float:
+    return _groups(row) * (number(row, "group_size") or 1.0)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _middle(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def _recent(
+    values: Sequence[float], rows: Sequence[Row], weight: Callable[[Row], float], enough: float
+) -> tuple[float, int] | None:
+    """Weighted mean over the newest steps, as many as hold ``enough`` or fill the window; None before that."""
+    total = weighted = 0.0
+    steps = 0
+    for value, row in zip(reversed(values), reversed(rows), strict=True):
+        w = weight(row)
+        total, weighted, steps = total + w, weighted + w * value, steps + 1
+        if steps >= WINDOW or (steps >= _SETTLED and total >= enough):
+            return weighted / total, steps
+    return None
+
+
+def _change(values: Sequence[float]) -> tuple[float, float] | None:
+    """Means of the window's beginning and of its newest steps where they differ by more than noise, else None.
+
+    The noise is that of successive values: neither a trend nor a single step of it counts as much.
+    """
+    if len(values) < _BASE + _SETTLED:
+        return None
+    before, now = _mean(values[:_BASE]), _mean(values[-_SETTLED:])
+    jumps = sum((b - a) ** 2 for a, b in pairwise(values))
+    noise = math.sqrt(jumps / (2 * (len(values) - 1)))
+    sure = abs(now - before) > _SURE * noise * math.sqrt(1 / _BASE + 1 / _SETTLED)
+    return (before, now) if sure else None
+
+
+def _steps(values: Sequence[float]) -> str:
+    return f"within {len(values)} steps"
+
+
+def _fine(values: Sequence[float], rows: Sequence[Row]) -> str:
+    del values, rows
     return ""
 
 
-def _silence(values: Sequence[float]) -> str:
-    last = _settled(values)
-    mean = statistics.fmean(last) if last else 0.0
-    return (
-        f"{mean:.0%} of the last {len(last)} steps' groups had equal rewards and taught nothing."
-        if mean > 0.8
-        else ""
-    )
-
-
-def _cut(values: Sequence[float]) -> str:
-    last = _settled(values)
-    mean = statistics.fmean(last) if last else 0.0
-    return (
-        f"{mean:.0%} of the last {len(last)} steps' rollouts were cut at their token limit."
-        if mean > 0.3
-        else ""
-    )
-
-
-def _collapse(values: Sequence[float]) -> str:
-    if len(values) <= WINDOW // 2:
-        return ""
-    before, now = statistics.median(values[: WINDOW // 2]), statistics.median(values[-3:])
-    if now < 0.02 and before >= 0.02:
-        return f"Entropy fell to {now:.3g} nats a token: the policy hardly explores any more."
-    if now < before / 4:
-        return f"Entropy fell from {before:.3g} to {now:.3g} nats a token within {len(values)} steps."
+def _falling(values: Sequence[float], rows: Sequence[Row]) -> str:
+    del rows
+    change = _change(values)
+    if change and change[1] < change[0] / 2:
+        return f"The correct rate fell from {change[0]:.0%} to {change[1]:.0%} {_steps(values)}."
     return ""
 
 
-def _drift(values: Sequence[float]) -> str:
-    if len(values) <= WINDOW // 2:
+def _reward(values: Sequence[float], rows: Sequence[Row]) -> str:
+    last = _recent(values, rows, _rollouts, _ROLLOUTS)
+    if last is not None:
+        steps = last[1]
+        silent = all((_silent_share(row) or 0.0) >= 1.0 for row in rows[-steps:])
+        if silent and max(values[-steps:]) == min(values[-steps:]):
+            return f"Every rollout of the last {steps} steps got the same reward, {values[-1]:g}."
+    # Where rewards say what is correct, the correct rate tells of a fall.
+    change = _change(values) if all(row.get("correct_rate") is None for row in rows) else None
+    if change and change[0] - change[1] > 0.5 * max(abs(change[0]), abs(change[1])):
+        return f"The mean reward fell from {change[0]:.3g} to {change[1]:.3g} {_steps(values)}."
+    return ""
+
+
+def _silence(values: Sequence[float], rows: Sequence[Row]) -> str:
+    last = _recent(values, rows, _groups, _GROUPS)
+    # With one reward for all there is more to say: see _reward.
+    if last is None or not 0.8 < last[0] < 1.0:
         return ""
-    before, now = statistics.median(values[: WINDOW // 2]), statistics.median(values[-3:])
+    seen = rows[-last[1] :]
+    kinds = {why.replace("_", " "): sum(number(row, f"skipped_{why}") or 0.0 for row in seen) for why in _SILENT}
+    what = ", ".join(f"{count:.0f} {why}" for why, count in kinds.items() if count)
+    return (
+        f"{last[0]:.0%} of the groups of the last {last[1]} steps taught nothing, their rewards being equal ({what})."
+    )
+
+
+def _cut(values: Sequence[float], rows: Sequence[Row]) -> str:
+    last = _recent(values, rows, _rollouts, _ROLLOUTS)
+    if last is None or last[0] <= 0.3:
+        return ""
+    return f"{last[0]:.0%} of the rollouts of the last {last[1]} steps were cut at training.max_tokens."
+
+
+def _drift(values: Sequence[float], rows: Sequence[Row]) -> str:
+    del rows
+    change = _change(values)
+    if not change:
+        return ""
+    before, now = change
     if now > 2 * before + 8:
-        return f"Completions grew from {before:.0f} to {now:.0f} tokens within {len(values)} steps."
+        return f"Completions grew from {before:.0f} to {now:.0f} tokens {_steps(values)}."
     if 2 * now + 8 < before:
-        return f"Completions shrank from {before:.0f} to {now:.0f} tokens within {len(values)} steps."
+        return f"Completions shrank from {before:.0f} to {now:.0f} tokens {_steps(values)}."
     return ""
 
 
-def _mismatch(values: Sequence[float]) -> str:
-    last = values[-1]
-    return (
-        f"A token's probability differs between sampler and learner by a factor of {1 + last:.3g}."
-        if last > 0.5
-        else ""
-    )
-
-
-def _divergence(values: Sequence[float]) -> str:
-    last = values[-1]
-    return f"Sampler and learner differ by {last:.2g} nats a token (k3)." if last > 0.01 else ""
-
-
-def _moved(values: Sequence[float]) -> str:
-    last = values[-1]
-    return f"The updates of one batch moved the policy by {last:.2g} nats a token (k3)." if last > 0.1 else ""
-
-
-def _norm(values: Sequence[float]) -> str:
-    if len(values) <= WINDOW // 2:
+def _explore(values: Sequence[float], rows: Sequence[Row]) -> str:
+    if len(values) < _SETTLED:
         return ""
-    before = statistics.median(values[:-1])
-    if before > 0 and values[-1] > 10 * before:
-        return f"The gradient norm jumped to {values[-1]:.3g}, {values[-1] / before:.0f} times its median."
+    now = _middle(values[-_SETTLED:])
+    correct = [rate for row in rows[-_SETTLED:] if (rate := number(row, "correct_rate")) is not None]
+    # Who answers nearly everything correctly may well be sure of it.
+    solved = bool(correct) and _mean(correct) > 0.9
+    if now < 0.02 and not solved:
+        return f"Entropy is {now:.2g} nats a token: the rollouts of a group are nearly the same."
+    change = _change(values)
+    if not change:
+        return ""
+    before, now = change
+    if now < before / 4 and now < 0.3 and not solved:
+        return f"Entropy fell from {before:.2g} to {now:.2g} nats a token {_steps(values)}."
+    if now > 2 * before + 0.5:
+        return f"Entropy rose from {before:.2g} to {now:.2g} nats a token {_steps(values)}: the policy dissolves."
     return ""
 
 
-def _errors(values: Sequence[float]) -> str:
-    return (
-        f"{values[-1]:.1%} of the step's rewards failed; their rollouts are masked."
-        if values[-1] > 0.02
-        else ""
-    )
+def _usual(values: Sequence[float]) -> float | None:
+    """The median of what came before the newest value, None while that is little."""
+    return _middle(values[:-1]) if len(values) > _SETTLED else None
 
 
-def _broken(values: Sequence[float]) -> str:
-    return f"{values[-1]:.1%} of the step's rollouts broke; they are masked." if values[-1] > 0.02 else ""
+def _mismatch(values: Sequence[float], rows: Sequence[Row]) -> str:
+    del rows
+    gap, usual = values[-1], _usual(values)
+    factor = f"{math.exp(gap):.3g}" if gap < 700 else "more than e^700"
+    if gap > 1.5:
+        return f"A token's probability differs between sampler and learner by a factor of {factor}."
+    if usual is not None and gap > 0.05 and gap > 10 * usual:
+        return (
+            f"A token's probability differs between sampler and learner by a factor of {factor}, "
+            f"usual are {math.exp(usual):.4g}."
+        )
+    return ""
 
 
-def _skipped(values: Sequence[float]) -> str:
+def _divergence(values: Sequence[float], rows: Sequence[Row]) -> str:
+    del rows
+    kl, usual = values[-1], _usual(values)
+    if kl > 0.01:
+        return f"Sampler and learner differ by {kl:.2g} nats a token (k3)."
+    if usual is not None and kl > 1e-4 and kl > 100 * abs(usual):
+        return f"Sampler and learner differ by {kl:.2g} nats a token (k3), usual are {usual:.2g}."
+    return ""
+
+
+def _moved(values: Sequence[float], rows: Sequence[Row]) -> str:
+    # With one update a step there is no movement to see, and approx_kl says the same.
+    if (number(rows[-1], "num_updates") or 0) < 2 or values[-1] <= 0.05:
+        return ""
+    return f"The updates of one batch moved the policy by {values[-1]:.2g} nats a token (k3)."
+
+
+def _norm(values: Sequence[float], rows: Sequence[Row]) -> str:
+    trained = [bool(row.get("num_datums")) for row in rows[-3:]]
+    if len(values) >= 3 and not any(values[-3:]) and all(trained):
+        return "The gradient was exactly 0 for 3 steps that had rollouts to train on."
+    if len(values) <= _BASE:
+        return ""
+    usual, most = _middle(values[:-1]), max(values[:-1])
+    # Few groups with a signal make small gradients: what has been before is not a jump.
+    if usual > 0 and values[-1] > 10 * usual and values[-1] > 3 * most:
+        return f"The gradient norm jumped to {values[-1]:.3g}, {values[-1] / usual:.0f} times its median."
+    return ""
+
+
+def _failing(what: str) -> Judge:
+    def judge(values: Sequence[float], rows: Sequence[Row]) -> str:
+        last, seen = values[-_SETTLED:], rows[-_SETTLED:]
+        counts = [value * _rollouts(row) for value, row in zip(last, seen, strict=True)]
+        share = sum(counts) / sum(_rollouts(row) for row in seen)
+        # One failure in a small batch is an accident.
+        if share <= 0.02 or sum(counts) < 1.5 or not values[-1]:
+            return ""
+        return f"{share:.1%} of the last {len(last)} steps' {what}; those rollouts do not train."
+
+    return judge
+
+
+def _skipped(values: Sequence[float], rows: Sequence[Row]) -> str:
+    del rows
     return "The update was skipped: loss or gradient was not finite." if values[-1] else ""
 
 
-def _slower(values: Sequence[float]) -> str:
-    if len(values) <= WINDOW // 2:
+def _slower(values: Sequence[float], rows: Sequence[Row]) -> str:
+    change = _change(values)
+    if not change or change[1] >= change[0] / 2:
         return ""
-    before, now = statistics.median(values[: WINDOW // 2]), statistics.median(values[-3:])
-    return f"Sampling fell from {before:.0f} to {now:.0f} tokens/s." if now < before / 2 else ""
+    # Below that the clock measures everything but the sampler.
+    if _middle([number(row, "sample_time_s") or 0.0 for row in rows]) < 2:
+        return ""
+    return f"Sampling fell from {change[0]:.0f} to {change[1]:.0f} tokens/s {_steps(values)}."
 
 
-def _falling(values: Sequence[float]) -> str:
-    if len(values) <= WINDOW // 2:
+def _waiting(values: Sequence[float], rows: Sequence[Row]) -> str:
+    if len(values) < _SETTLED or _middle([number(row, "step_time_s") or 0.0 for row in rows]) < 2:
         return ""
-    before, now = statistics.median(values[: WINDOW // 2]), statistics.median(values[-3:])
-    return (
-        f"The correct rate fell from {before:.0%} to {now:.0%} within {len(values)} steps."
-        if now < before / 2
-        else ""
-    )
+    share = _middle(values[-_SETTLED:])
+    return f"{share:.0%} of a step is waiting for rewards after sampling is over." if share > 0.4 else ""
 
 
 VITALS: tuple[Vital, ...] = (
     Vital(
-        "correct_rate", "correct rate", "%", "rises; between 10 % and 90 % there is most to learn",
-        "Lower training.lr, or look at the completions: a reward that is gamed pays for something else.",
+        "correct_rate", "correct rate", "%", "rises; between 10 % and 90 % there is most to learn; never halves within 20 steps",
+        "Look at the newest completions, and lower training.lr: too large an update is the usual cause.",
         _read("correct_rate"), _falling,
     ),
     Vital(
-        "mean_reward", "mean reward", "", "rises",
-        "Look at the parts of the reward: one may have taken over.", _read("mean_reward"), _fine,
+        "mean_reward", "mean reward", "", "rises; not the same for all rollouts",
+        "Look at some completions with `retrain sample RUN --index 0`: is the reward right, is the task within reach?",
+        _read("mean_reward"), _reward,
     ),
     Vital(
         "silent_share", "groups without signal", "%", "below 80 %",
-        "Use tasks nearer to what the model can do, a larger training.group_size, or training.min_signal.",
+        "All wrong: easier tasks or a larger training.group_size; all correct: harder tasks; training.min_signal samples "
+        "past both.",
         _silent_share, _silence,
     ),
     Vital(
@@ -227,42 +350,46 @@ VITALS: tuple[Vital, ...] = (
         _read("max_token_hit_rate"), _cut,
     ),
     Vital(
-        "mean_length", "completion length", "tokens", "changes slowly",
-        "Read some completions: growth may be padding, shrinking may be a shortcut the reward allows.",
+        "mean_length", "completion length", "tokens", "does not double or halve within 20 steps",
+        "Read some completions: growth may be padding, shrinking a shortcut that the reward allows.",
         _read("mean_length"), _drift,
     ),
     Vital(
-        "entropy", "entropy", "nats/token", "above 0.02 and not falling by three quarters within 20 steps",
-        "Lower training.lr, raise training.temperature to 1.0, or set loss.entropy or loss.clip_high.",
-        _read("entropy_mean"), _collapse,
+        "entropy", "entropy", "nats/token",
+        "above 0.02 while tasks are unsolved; neither falls by three quarters nor doubles within 20 steps",
+        "Lower training.lr; against a fall also training.temperature = 1.0, a higher loss.clip_high, or loss.entropy.",
+        _read("entropy_mean"), _explore,
     ),
     Vital(
-        "ratio_gap", "largest |ratio - 1|", "", "below 0.5; below 0.001 in float32",
-        "The sampler is not quite the trained policy: see approx_kl; loss.tis_cap bounds its weight.",
-        _ratio_gap, _mismatch,
+        "ratio_gap", "largest |log ratio|", "",
+        "within ten times its median, or below 0.05; never above 1.5. About 0.001 in float32, 0.1 to 1 in bf16",
+        "One token is harmless if approx_kl is small; loss.tis_cap bounds such weights.", _ratio_gap, _mismatch,
     ),
     Vital(
-        "approx_kl", "sampler-learner KL", "nats/token", "below 0.01",
-        "The sampler is not the trained policy: check inference.kv_cache_dtype, dtype and top_p.",
+        "approx_kl", "sampler-learner KL", "nats/token",
+        "below 0.01, and within a hundred times its median. About 1e-9 in float32, 1e-4 to 1e-3 in bf16",
+        "What is sampled is not the trained policy: check inference.dtype, inference.kv_cache_dtype and training.top_p.",
         _read("approx_kl"), _divergence,
     ),
     Vital(
-        "moved_kl", "KL moved by a batch", "nats/token", "below 0.1",
+        "moved_kl", "KL moved by a batch", "nats/token", "below 0.05",
         "Lower training.lr or training.updates_per_batch.", _read("moved_kl"), _moved,
     ),
     Vital(
-        "grad_norm", "gradient norm", "", "within ten times its median",
-        "One such step is harmless (loss.grad_clip cuts it); if it repeats, lower training.lr.",
+        "grad_norm", "gradient norm", "", "within ten times its median; not 0",
+        "One jump is harmless (loss.grad_clip cuts it), repeated ones ask for a lower training.lr; 0 says that no "
+        "advantage reached the loss.",
         _read("grad_norm"), _norm,
     ),
     Vital(
         "reward_errors", "reward errors", "%", "below 2 %",
         "events.log has the first traceback; reward.timeout_s is the deadline.",
-        _read("reward_error_rate"), _errors,
+        _read("reward_error_rate"), _failing("rewards failed"),
     ),
     Vital(
         "rollout_errors", "broken rollouts", "%", "below 2 %",
-        "events.log says why they broke.", _read("rollout_error_rate"), _broken,
+        "emergence/steps.jsonl says of every rollout why it broke.",
+        _read("rollout_error_rate"), _failing("rollouts broke"),
     ),
     Vital(
         "skipped_update", "skipped update", "", "never",
@@ -270,12 +397,17 @@ VITALS: tuple[Vital, ...] = (
         _read("skipped_update"), _skipped,
     ),
     Vital(
-        "tokens_per_second", "sampling speed", "tokens/s", "steady",
-        "Something else uses the device, or completions grew longer.", _read("tokens_per_second"), _slower,
+        "tokens_per_second", "sampling speed", "tokens/s", "does not halve within 20 steps",
+        "Something else uses the device, or a few long completions leave it idle.",
+        _read("tokens_per_second"), _slower,
     ),
     Vital(
         "sampling_share", "share of time in sampling", "%", "40 % to 90 % is usual",
-        "`retrain bench` shows what bounds the step.", _sampling_share, _fine,
+        "`retrain bench` shows what bounds the step.", _share_of_time("sample_time_s"), _fine,
+    ),
+    Vital(
+        "scoring_share", "share of time waiting for rewards", "%", "below 40 %",
+        "Make the reward faster, or its calls concurrent.", _share_of_time("score_time_s"), _waiting,
     ),
 )  # fmt: skip
 """In the order in which people read them."""
@@ -287,8 +419,11 @@ BY_NAME: Mapping[str, Vital] = {vital.name: vital for vital in VITALS}
 class Watch:
     """Raises alarms over a run's rows, one after the other."""
 
-    _seen: dict[str, deque[float]] = field(default_factory=dict[str, "deque[float]"])
-    _ill: set[str] = field(default_factory=set[str])
+    _seen: dict[str, deque[tuple[float, Row]]] = field(
+        default_factory=dict[str, "deque[tuple[float, Row]]"]
+    )
+    _ill: dict[str, int] = field(default_factory=dict[str, int])
+    """Metrics outside their range, and for how many steps they have been back inside."""
 
     def observe(self, row: Row) -> list[Alarm]:
         """Alarms that this row of a training step raises; a row of an evaluation raises none."""
@@ -300,11 +435,17 @@ class Watch:
             if value is None:
                 continue
             seen = self._seen.setdefault(vital.name, deque(maxlen=WINDOW + 1))
-            seen.append(value)
-            wrong = vital.judge(list(seen))
-            if wrong and vital.name not in self._ill:
-                raised.append(Alarm(int(row["step"]), vital.name, wrong, vital.advice))
-            (self._ill.add if wrong else self._ill.discard)(vital.name)
+            seen.append((value, row))
+            values, rows = zip(*seen, strict=True)
+            wrong = vital.judge(values, rows)
+            if wrong:
+                if vital.name not in self._ill:
+                    raised.append(Alarm(int(row["step"]), vital.name, wrong, vital.advice))
+                self._ill[vital.name] = 0
+            elif vital.name in self._ill:
+                self._ill[vital.name] += 1
+                if self._ill[vital.name] >= WELL:
+                    del self._ill[vital.name]
         return raised
 
     @property

@@ -73,6 +73,8 @@ def train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done"
 
     A RetrainError leaves a checkpoint of the last completed step behind before it is raised.
     """
+    parts.log.follow(parts.engine, parts.counters)
+    parts.events.announce = parts.log.collecting
     with parts.checkpoints:
         return _train(config, parts, stop)
 
@@ -119,6 +121,7 @@ def _train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done
 def _step(config: Config, parts: Parts) -> None:
     counters, training = parts.counters, config.training
     step = counters.step
+    parts.log.phase("sampling", of=training.batch_size * training.group_size)
     started = time.perf_counter()
     weights = parts.backend.publish()
     parts.loaded = weights.version
@@ -133,6 +136,7 @@ def _step(config: Config, parts: Parts) -> None:
     )  # fmt: skip
     if release := getattr(parts.engine, "release", None):
         release()
+    parts.log.phase("learning")
     sepa_lambda = parts.schedule.lambda_at(step)
     gate_open = parts.schedule.gate_open
     groups_P = credit_step(got.groups_P, parts.algorithm, sepa_lambda)
@@ -210,6 +214,7 @@ def _evaluation_due(config: Config, parts: Parts) -> bool:
 def _evaluate(config: Config, parts: Parts) -> float | None:
     if parts.evaluator is None:
         raise ValueError("no evaluator")
+    parts.log.phase("evaluating")
     parts.engine.load(parts.backend.publish())
     metrics, errors = parts.evaluator.run(
         parts.events, parts.environment, parts.reward, parts.engine,
@@ -226,6 +231,7 @@ def _state(parts: Parts) -> State:
 
 
 def _save(parts: Parts, state: State, *, accuracy: float | None) -> None:
+    parts.log.phase("saving")
     parts.log.sync()
     step = state["counters"]["step"]
     selected_on = parts.evaluator.name if parts.evaluator else ""

@@ -29,6 +29,8 @@ class EventLoop:
     """One asyncio loop on one thread for a whole run; the training loop stays plain."""
 
     def __init__(self) -> None:
+        self.announce: Callable[[str], None] = lambda phase: None
+        """Told the name of every phase that begins."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="retrain-async", daemon=True)
         self._thread.start()
@@ -40,6 +42,7 @@ class EventLoop:
             async with asyncio.timeout(deadline_s):
                 return await work
 
+        self.announce(phase)
         future = asyncio.run_coroutine_threadsafe(bounded(), self._loop)
         try:
             return future.result()
