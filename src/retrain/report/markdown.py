@@ -1,0 +1,63 @@
+"""A report as Markdown: the same words and tables, and curves in block characters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from retrain.report import content
+from retrain.report.content import Table
+from retrain.report.gather import RunData
+from retrain.report.rollouts import Shown
+from retrain.report.visible import visible
+
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
+
+
+def run(data: RunData, shown: Shown, *, page: str, made: str) -> str:
+    """One run. ``page`` is the name of the HTML file beside this one, ``made`` says when and by which version."""
+    lines = [f"# {_text(data.title)}", "", made, ""]
+    for fact in content.headline(data):
+        lines.append(f"- **{_text(fact.label)}**: {_text(fact.value)}{f' ({_text(fact.note)})' if fact.note else ''}")
+    lines += ["", "## Alarms", ""]
+    alarms = content.alarm_lines(data)
+    for alarm in alarms:
+        still = "outside now" if alarm.now else "over"
+        lines.append(f"- **{_text(alarm.title)}** ({alarm.when}; {still}): {_text(alarm.message)} {_text(alarm.advice)}")
+    if not alarms:
+        lines.append("None.")
+    chosen, left = content.settings(data)
+    for title, table in (
+        ("Evaluation", content.evaluations(data)), ("Curves", content.curves(data)), ("Time", content.timing(data)),
+        ("Core metrics", content.vitals(data)), ("Settings", chosen), ("Settings left at their defaults", left),
+        ("Resumes", content.resumes(data)), ("Warnings", content.warnings(data)), ("Recorded", content.machine(data)),
+    ):  # fmt: skip
+        lines += ["", f"## {title}", "", *_table(table)]
+    if data.events.error:
+        lines += ["", "## Last error", "", *(f"    {line}" for line in visible(data.events.error).splitlines())]
+    text = f"{len(shown.rows):,} of {shown.total:,} stored as text are in {page}." if shown.total else "None were stored as text."
+    return "\n".join([*lines, "", "## Rollouts", "", text, ""])
+
+
+def several(runs: Sequence[RunData], *, title: str, note: str, made: str) -> str:
+    """Several runs side by side."""
+    lines = [f"# {_text(title)}", "", made, "", note, "", "## Runs", "", *_table(content.several(runs))]
+    lines += ["", "## Settings that differ", "", *_table(content.differing(runs))]
+    return "\n".join([*lines, ""])
+
+
+def _table(table: Table | None) -> list[str]:
+    if table is None or not table.rows:
+        return ["None."]
+    rule = ["---:" if i in table.numeric else "---" for i in range(len(table.columns))]
+    rows = [
+        f"| {' | '.join(_text(column) for column in table.columns)} |",
+        f"| {' | '.join(rule)} |",
+        *(f"| {' | '.join(_text(cell) for cell in row)} |" for row in table.rows),
+    ]
+    return [*rows, *(["", _text(table.note)] if table.note else [])]
+
+
+def _text(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return _SPECIAL.sub(r"\\\1", visible(" ".join(text.split("\n")))).strip()

@@ -1,0 +1,219 @@
+"""A report as one HTML file that asks for nothing: texts escaped, data as JSON, scripts allowed by their digests alone."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from retrain import __version__
+from retrain.report import content
+from retrain.report.content import Table
+from retrain.report.figures import Plot
+from retrain.report.gather import RunData
+from retrain.report.rollouts import Shown, elements
+from retrain.report.visible import visible
+
+_ASSETS = Path(__file__).resolve().parents[1] / "assets" / "report"
+_LONG = 28
+"""Characters from which a headline's value is set in small type."""
+
+
+def run(data: RunData, plots: Sequence[Plot], shown: Shown, *, twin: str, made: str) -> str:
+    """The page of one run. ``twin`` is the name of the Markdown file beside it."""
+    groups = {
+        "learning": ("Learning", "Does it get better?"),
+        "policy": ("Policy", "Is the training healthy?"),
+        "time": ("Time", "Where does the time go?"),
+    }
+    parts: list[tuple[str, str, str]] = [("result", "", _headline(data)), ("alarms", "Alarms", _alarms(data))]
+    for group, (title, question) in groups.items():
+        body = _figures([plot for plot in plots if plot.group == group])
+        if group == "learning":
+            body += _folded("Evaluations as a table", content.evaluations(data))
+        if group == "time":
+            body += _folded("Times as a table", content.timing(data))
+        if body:
+            parts.append((group, title, f'<p class="note">{question}</p>{body}'))
+    chosen, left = content.settings(data)
+    parts += [
+        ("metrics", "Core metrics", _table(content.vitals(data))),
+        ("rollouts", "Rollouts", _rollouts(data, shown)),
+        (
+            "settings", "Settings",
+            (_table(chosen) or '<p class="note">config.toml is missing or cannot be read.</p>')
+            + _folded("Settings left at their defaults", left),
+        ),
+        ("record", "Record", _record(data)),
+    ]  # fmt: skip
+    return _page(data.title, "retrain run", parts, plots, made=made, twin=twin, more="".join(elements(shown)))
+
+
+def several(runs: Sequence[RunData], plots: Sequence[Plot], *, title: str, note: str, twin: str, made: str) -> str:
+    """The page of several runs."""
+    parts = [
+        ("runs", "", f'<p class="note">{_text(note)}</p>{_table(content.several(runs))}'),
+        ("curves", "Curves", _figures(plots) or '<p class="note">No run has completed a step.</p>'),
+        ("settings", "Settings that differ", _table(content.differing(runs)) or '<p class="note">None.</p>'),
+    ]
+    return _page(title, f"{len(runs)} retrain runs", parts, plots, made=made, twin=twin)
+
+
+def _page(
+    title: str, kicker: str, parts: Sequence[tuple[str, str, str]], plots: Sequence[Plot], *, made: str, twin: str, more: str = ""
+) -> str:  # fmt: skip
+    offline: Any = importlib.import_module("plotly.offline")
+    # A browser turns carriage returns into newlines before it takes the digest.
+    plotly = str(offline.get_plotlyjs()).replace("\r\n", "\n").replace("\r", "\n")
+    script = (_ASSETS / "page.js").read_text(encoding="utf-8")
+    data = "".join(
+        f'<script type="application/json" id="figure-{p.name}">{_embedded(p.json)}</script>' for p in plots
+    )
+    sections = "".join(
+        f'<section id="{name}" aria-label="{_text(heading or "Result")}">'
+        f"{f'<h2>{_text(heading)}</h2>' if heading else ''}{body}</section>"
+        for name, heading, body in parts
+    )
+    return Template((_ASSETS / "page.html").read_text(encoding="utf-8")).substitute(
+        policy=_policy(plotly, script),
+        generator=f"retrain {__version__}",
+        title=_text(title),
+        heading=_text(title),
+        kicker=_text(kicker),
+        style=(_ASSETS / "page.css").read_text(encoding="utf-8"),
+        nav="".join(f'<a href="#{name}">{_text(heading or "Result")}</a>' for name, heading, _ in parts),
+        body=sections,
+        made=f"{_text(made)} The same as text: {_text(twin)}, beside this file.",
+        data=data + more,
+        plotly=plotly,
+        script=script,
+    )
+
+
+def _policy(*scripts: str) -> str:
+    """Nothing may be fetched, framed or sent; only these scripts run. plotly sets styles, and images from memory."""
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _embedded(json: str) -> str:
+    """JSON made by others, so that it may stand inside a ``<script>`` element."""
+    for character in "<>&\u2028\u2029":
+        json = json.replace(character, f"\\u{ord(character):04x}")
+    return json
+
+
+def _text(text: str) -> str:
+    return html.escape(visible(text))
+
+
+def _headline(data: RunData) -> str:
+    cells: list[str] = []
+    for fact in content.headline(data):
+        style = ["long"] if len(fact.value) > _LONG else []
+        if fact.label == "Status":
+            style.append(f"state-{data.state}")
+        note = f'<dd class="by">{_text(fact.note)}</dd>' if fact.note else ""
+        name = f' class="{" ".join(style)}"' if style else ""
+        cells.append(f"<div><dt>{_text(fact.label)}</dt><dd{name}>{_text(fact.value)}</dd>{note}</div>")
+    return f'<dl class="facts">{"".join(cells)}</dl>'
+
+
+def _alarms(data: RunData) -> str:
+    lines = content.alarm_lines(data)
+    if not lines:
+        return f'<p class="note">{"No step has completed yet." if not data.done else "None was raised."}</p>'
+    items = [
+        f'<li{" class=now" if line.now else ""}><p><strong>{_text(line.title)}</strong> '
+        f'<span class="when">{_text(line.when)}{"; outside its range now" if line.now else "; over"}</span></p>'
+        f"<p>{_text(line.message)} {_text(line.advice)}</p></li>"
+        for line in lines
+    ]
+    return f'<ul class="alarms">{"".join(items)}</ul>'
+
+
+def _figures(plots: Sequence[Plot]) -> str:
+    made = [
+        f'<figure aria-labelledby="title-{p.name}" aria-describedby="caption-{p.name}"><h3 id="title-{p.name}">{_text(p.title)}</h3>'
+        f'<div class="plot" id="plot-{p.name}" data-figure="figure-{p.name}"></div>'
+        f'<figcaption id="caption-{p.name}">{_text(p.caption)}</figcaption></figure>'
+        for p in plots
+    ]
+    return f'<div class="plots">{"".join(made)}</div>' if made else ""
+
+
+def _table(table: Table | None) -> str:
+    if table is None or not table.rows:
+        return ""
+
+    def cell(i: int, text: str, tag: str) -> str:
+        style = "numeric" if i in table.numeric else {"outside now": "now", "was outside": "was"}.get(text, "")
+        return f"<{tag}{f' class={style}' if style else ''}>{_text(text)}</{tag}>"
+
+    head = "".join(cell(i, text, "th") for i, text in enumerate(table.columns))
+    rows = "".join(f"<tr>{''.join(cell(i, text, 'td') for i, text in enumerate(row))}</tr>" for row in table.rows)
+    note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
+    return (
+        f'<div class="scroll" role="region" aria-label="Table: {_text(table.columns[0])}" tabindex="0"><table><thead><tr>{head}'
+        f"</tr></thead><tbody>{rows}</tbody></table></div>{note}"
+    )
+
+
+def _folded(title: str, table: Table | None) -> str:
+    inner = _table(table)
+    return f"<details><summary>{_text(title)}</summary>{inner}</details>" if inner else ""
+
+
+def _record(data: RunData) -> str:
+    resumes, warnings = content.resumes(data), content.warnings(data)
+    made = [f"<h3>Resumes</h3>{_table(resumes)}" if resumes else '<p class="note">Never resumed.</p>']
+    if warnings:
+        made.append(f"<h3>Warnings</h3>{_table(warnings)}")
+    if data.events.error:
+        made.append(f"<h3>Last error</h3><pre>{_text(data.events.error)}</pre>")
+    machine = _table(content.machine(data))
+    made.append(f"<h3>Versions, device and digests</h3>{machine}" if machine else '<p class="note">run.json is missing.</p>')
+    return "".join(made)
+
+
+def _rollouts(data: RunData, shown: Shown) -> str:
+    if not shown.rows:
+        return (
+            '<p class="note">No rollout was stored as text: logging.generations is 0, or no step has completed yet.</p>'
+        )
+    left = shown.total - len(shown.rows)
+    note = f"All {shown.total:,} rollouts that the run stored as text (the first few of every step)."
+    if left:
+        note = (
+            f"{len(shown.rows):,} of {shown.total:,} stored rollouts, from {shown.steps:,} of {shown.steps_total:,} steps: the first, "
+            f"the last, steps with alarms, and an even sample of the others. {left:,} are left out to keep this file small; all are in "
+            f"{data.record.path / 'emergence' / 'generations.jsonl'}."
+        )
+    return f"""<p class="note">{_text(note)} <kbd>n</kbd> and <kbd>p</kbd> go to the next and the previous one,
+<kbd>/</kbd> searches, arrow keys walk through the list and through tokens.</p>
+<form class="filters" id="filters">
+<label>Steps<span class="pair"><input type="number" name="from" min="0" placeholder="from" aria-label="From step">
+<input type="number" name="to" min="0" placeholder="to" aria-label="To step"></span></label>
+<label>Verdict<select name="verdict"><option value="">any</option><option>correct</option><option>wrong</option>
+<option>failed</option></select></label>
+<label>Reward<span class="pair"><input type="number" name="least" step="any" placeholder="from" aria-label="Lowest reward">
+<input type="number" name="most" step="any" placeholder="to" aria-label="Highest reward"></span></label>
+<label>Ended by<select name="stop"><option value="">any</option></select></label>
+<label>Group<select name="skipped"><option value="">any</option><option>trained</option></select></label>
+<label>Task<input type="search" name="task"></label>
+<label>Text of prompt, completion, reference<input type="search" name="text"></label>
+<button type="reset">Clear</button>
+</form>
+<p class="note" id="rollout-count" aria-live="polite"></p>
+<div class="browser"><div class="list"><ol id="rollout-list"></ol></div><div class="opened" id="rollout-opened"></div></div>"""
+
+
