@@ -1,0 +1,210 @@
+"""Cards and models in numbers, known without torch: a table of real cards, and a model's config.json from its folder, from
+the local cache, or from a table of well-known ones.
+
+Cards: memory in GB as sold, dense tensor peaks of bf16 products with float32 sums and peaks of plain float32 in TFLOP/s
+(no sparsity), memory traffic in GB/s, all from NVIDIA's data sheets and architecture papers: GA102 (RTX 3090, A10, RTX
+A6000), Ada (RTX 4090, L4, L40S, RTX 6000 Ada), RTX Blackwell (RTX 5090), A100, H100, H200 and B200 in the SXM form
+unless the name says PCIe. Models: the sizes in their published config.json. Both tables stand for what cannot be
+looked up here; what is on the disk, or in the machine, wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, cast
+
+from retrain.errors import ModelError, UsageError
+from retrain.renderer import model_path
+
+USABLE = 0.985
+"""Share of a card's memory as sold, taken as GiB, that a program is shown: the rest holds error correction and tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class CardSpec:
+    """One card: ``memory_gb`` as sold, ``bf16`` and ``fp32`` in TFLOP/s, ``bandwidth`` in GB/s."""
+
+    name: str
+    memory_gb: int
+    bf16: float
+    fp32: float
+    bandwidth: float
+
+    @property
+    def bytes(self) -> int:
+        """Memory that a program is shown."""
+        return int(self.memory_gb * 2**30 * USABLE)
+
+
+CARDS = {
+    spec.name: spec
+    for spec in (
+        CardSpec("RTX 3090", 24, 71.0, 35.6, 936),
+        CardSpec("RTX 4090", 24, 165.2, 82.6, 1008),
+        CardSpec("RTX 5090", 32, 209.5, 104.8, 1792),
+        CardSpec("RTX A6000", 48, 154.8, 38.7, 768),
+        CardSpec("RTX 6000 Ada", 48, 364.2, 91.1, 960),
+        CardSpec("A10", 24, 125.0, 31.2, 600),
+        CardSpec("L4", 24, 121.0, 30.3, 300),
+        CardSpec("L40S", 48, 362.0, 91.6, 864),
+        CardSpec("A100 40GB", 40, 312.0, 19.5, 1555),
+        CardSpec("A100 80GB", 80, 312.0, 19.5, 2039),
+        CardSpec("H100", 80, 989.0, 67.0, 3350),
+        CardSpec("H100 PCIe", 80, 756.0, 51.0, 2000),
+        CardSpec("H200", 141, 989.0, 67.0, 4800),
+        CardSpec("B200", 180, 2250.0, 75.0, 7700),
+    )
+}
+"""By name, smallest first within a family."""
+
+
+def _plain(name: str) -> str:
+    """Letters and digits, without what drivers write around a name."""
+    words = re.sub(r"(?i)nvidia|geforce|tesla|graphics|sxm\d?|hbm\d\w*", " ", name)
+    return re.sub(r"[^a-z0-9]", "", words.lower())
+
+
+def find(name: str) -> CardSpec:
+    """The card that ``--gpu`` names, however it is spelt; UsageError with the table's names otherwise."""
+    by_plain = {_plain(n): spec for n, spec in CARDS.items()}
+    wanted = _plain(name)
+    if wanted == "a100":
+        wanted = "a10080gb"
+    if wanted in by_plain:
+        return by_plain[wanted]
+    holding = [spec for plain, spec in by_plain.items() if wanted and wanted in plain]
+    if len(holding) == 1:
+        return holding[0]
+    near = get_close_matches(wanted, by_plain, n=1)
+    hint = f"did you mean {by_plain[near[0]].name}? " if near else ""
+    raise UsageError(f"--gpu {name!r} is not in the table of cards.", fix=f"{hint}known: {', '.join(CARDS)}.")
+
+
+def of_driver(name: str, memory_bytes: int) -> CardSpec | None:
+    """The table's entry for what a driver calls a card, None for one that is not in it."""
+    found = _plain(name)
+    close = [
+        s for n, s in CARDS.items() if found.startswith(_plain(n).removesuffix("40gb").removesuffix("80gb"))
+    ]
+    # The longest name first: an H100 PCIe is no H100, and an A100 no A10.
+    close.sort(key=lambda s: (-len(_plain(s.name)), abs(s.bytes - memory_bytes)))
+    fitting = [s for s in close if 0.8 < memory_bytes / s.bytes < 1.25]
+    return fitting[0] if fitting else None
+
+
+def _model(
+    hidden: int, layers: int, heads: int, kv: int, head_dim: int, width: int, vocab: int, tied: bool, context: int,
+    **more: Any,
+) -> Mapping[str, Any]:  # fmt: skip
+    return {
+        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv,
+        "head_dim": head_dim, "intermediate_size": width, "vocab_size": vocab, "tie_word_embeddings": tied,
+        "max_position_embeddings": context, **more,
+    }  # fmt: skip
+
+
+_QWEN3 = {"model_type": "qwen3"}
+_QWEN2 = {"model_type": "qwen2"}
+
+MODELS: Mapping[str, Mapping[str, Any]] = {
+    "Qwen/Qwen3-0.6B": _model(1024, 28, 16, 8, 128, 3072, 151936, True, 40960, **_QWEN3),
+    "Qwen/Qwen3-1.7B": _model(2048, 28, 16, 8, 128, 6144, 151936, True, 40960, **_QWEN3),
+    "Qwen/Qwen3-4B": _model(2560, 36, 32, 8, 128, 9728, 151936, True, 40960, **_QWEN3),
+    "Qwen/Qwen3-4B-Instruct-2507": _model(2560, 36, 32, 8, 128, 9728, 151936, True, 262144, **_QWEN3),
+    "Qwen/Qwen3-4B-Thinking-2507": _model(2560, 36, 32, 8, 128, 9728, 151936, True, 262144, **_QWEN3),
+    "Qwen/Qwen3-8B": _model(4096, 36, 32, 8, 128, 12288, 151936, False, 40960, **_QWEN3),
+    "Qwen/Qwen3-14B": _model(5120, 40, 40, 8, 128, 17408, 151936, False, 40960, **_QWEN3),
+    "Qwen/Qwen3-32B": _model(5120, 64, 64, 8, 128, 25600, 151936, False, 40960, **_QWEN3),
+    "Qwen/Qwen2.5-0.5B-Instruct": _model(896, 24, 14, 2, 64, 4864, 151936, True, 32768, **_QWEN2),
+    "Qwen/Qwen2.5-1.5B-Instruct": _model(1536, 28, 12, 2, 128, 8960, 151936, True, 32768, **_QWEN2),
+    "Qwen/Qwen2.5-3B-Instruct": _model(2048, 36, 16, 2, 128, 11008, 151936, True, 32768, **_QWEN2),
+    "Qwen/Qwen2.5-7B-Instruct": _model(3584, 28, 28, 4, 128, 18944, 152064, False, 32768, **_QWEN2),
+    "meta-llama/Llama-3.2-1B-Instruct": _model(2048, 16, 32, 8, 64, 8192, 128256, True, 131072),
+    "meta-llama/Llama-3.2-3B-Instruct": _model(3072, 28, 24, 8, 128, 8192, 128256, True, 131072),
+    "meta-llama/Llama-3.1-8B-Instruct": _model(4096, 32, 32, 8, 128, 14336, 128256, False, 131072),
+}
+"""Keys of config.json of models that runs often name, for those who have not downloaded them yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """What is known of a model before it is loaded: the keys of its config.json as attributes, those of its
+    generation_config.json (None: not looked at), and in words where they are from."""
+
+    name: str
+    config: Any
+    generation: Mapping[str, Any] | None
+    source: str
+
+
+def look_up(name: str, revision: str = "", beside: Path | None = None) -> ModelFiles:
+    """A model's configuration from its folder (``beside`` is looked in first), the local cache or the table of well-known
+    ones; ModelError where it is in none of them."""
+    folder = _folder(name, beside)
+    if folder is not None:
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"model.model = {name!r}: the folder holds no config.json.",
+                fix="name a folder that holds a model.",
+            )
+        return _from(folder, name, "its folder")
+    cached = _cached(name, revision)
+    if cached is not None:
+        return _from(cached, name, "the local cache")
+    if name in MODELS:
+        return ModelFiles(name, SimpleNamespace(**MODELS[name]), None, "the table of well-known models")
+    raise ModelError(
+        f"model.model = {name!r} is not on this machine, and not in the table of well-known models.",
+        fix="correct the name, or download it once.",
+    )
+
+
+def _folder(name: str, beside: Path | None) -> Path | None:
+    try:
+        for path in (beside / Path(name).expanduser(),) if beside and name != "retrain/tiny" else ():
+            if path.is_dir():
+                return path
+        path = Path(model_path(name))
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError):
+        return None
+
+
+def _cached(name: str, revision: str) -> Path | None:
+    """The snapshot of an id in the Hub's cache, whose layout is stable: refs hold commits, snapshots their files."""
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
+    )
+    root = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+    place = root / f"models--{name.replace('/', '--')}"
+    commit = revision or "main"
+    # What is no branch or tag may be a commit.
+    with contextlib.suppress(OSError, ValueError):
+        commit = (place / "refs" / commit).read_text(encoding="utf-8").strip()
+    folder = place / "snapshots" / commit
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _from(folder: Path, name: str, source: str) -> ModelFiles:
+    values = _json(folder / "config.json")
+    if values is None:
+        raise ModelError(f"{folder / 'config.json'} is not a JSON object.", fix="download the model again.")
+    return ModelFiles(
+        name, SimpleNamespace(**values), _json(folder / "generation_config.json") or MappingProxyType({}), source
+    )  # fmt: skip
+
+
+def _json(path: Path) -> Mapping[str, Any] | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return cast("Mapping[str, Any]", found) if isinstance(found, dict) else None
