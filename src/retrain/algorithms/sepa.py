@@ -68,6 +68,11 @@ class SepaSchedule:
         self._var_0: float | None = None
 
     @property
+    def active(self) -> bool:
+        """False for credit that does not read lambda."""
+        return self._active
+
+    @property
     def gate_open(self) -> bool:
         """True from the first step on whose correct rate reached the gate (or always, without a gate)."""
         return self._gate_open

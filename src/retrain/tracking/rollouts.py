@@ -357,7 +357,7 @@ def _decoded(
         _spread(each["entropies"]),
     )
     lengths = each["length"]
-    parts = each["parts"] or [{}] * len(lengths)
+    parts: list[dict[str, float]] = each["parts"] or [{} for _ in lengths]
     ids = _Reader(_whole(arrays["ids"], "<i4").astype(np.int32, copy=False))
     sampled = _Reader(_bits(arrays["sampled"], sum(lengths) - sum(shared)))
     logprobs = _Reader(_whole(arrays["logprobs"], "<f4").astype(np.float32, copy=False))
