@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from retrain import live
+from retrain.tracking.vitals import Alarm
 
 
 def step_line(step: int, m: Mapping[str, Any]) -> str:
@@ -122,7 +124,7 @@ class Output:
 
 
 class ConsoleSink:
-    """Prints one line per step and evaluation; on a terminal a progress bar with time left stays below them."""
+    """Prints one line per step and evaluation; on a terminal the live view stays below them."""
 
     def __init__(self, *, total_steps: int, plain: bool) -> None:
         # Guarded below rich, because rich ends the process when a pipe breaks.
@@ -130,37 +132,44 @@ class ConsoleSink:
         self._console = Console(file=file, highlight=False, soft_wrap=True, markup=False)
         # A terminal breaks long lines between fields; a pipe gets each as one line.
         self._console.soft_wrap = not self._console.is_terminal
-        self._progress: Progress | None = None
-        if self._console.is_terminal and not plain:
-            self._progress = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )  # fmt: skip
-            self._task = self._progress.add_task("training", total=total_steps, note="")
-            self._progress.start()
+        self._view: live.LiveView | None = None
+        if self._console.is_terminal and not self._console.is_dumb_terminal and not plain:
+            self._view = live.LiveView(self._console, total_steps=total_steps)
+            self._view.start()
+
+    def follow(self, look: Callable[[], Mapping[str, Any]]) -> None:
+        """Where the live view sees what the run does now."""
+        if self._view is not None:
+            self._view.look = look
+
+    def device_memory(self) -> dict[str, Any]:
+        """What the heartbeat says of a device's memory."""
+        return live.device_memory()
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Print a step's or an evaluation's line."""
+        if self._view is not None:
+            self._view.log(step, metrics)
         if "eval/accuracy" in metrics:
             self._console.print(evaluation_line(step, metrics))
             return
         self._console.print(step_line(step, metrics))
-        if self._progress is not None:
-            reward = metrics.get("mean_reward")
-            note = "" if reward is None else f"reward {reward:.3f}"
-            self._progress.update(self._task, completed=step + 1, note=note)
         self._console.file.flush()
+
+    def alarm(self, alarm: Alarm) -> None:
+        """The log has printed it; the live view keeps it in sight."""
+        if self._view is not None:
+            self._view.alarm(alarm)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._view is not None:
+            self._view.stop()
+            self._view = None
 
 
 class ConsoleHandler(logging.Handler):
-    """Shows the package's log lines as bare text; above the progress bar while there is one, because rich then
+    """Shows the package's log lines as bare text; above the live view while there is one, because rich then
     redirects ``sys.stdout``."""
 
     def __init__(self) -> None:
@@ -168,8 +177,9 @@ class ConsoleHandler(logging.Handler):
         self._output: Output | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one record; warnings are marked."""
-        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        """Print one record; warnings are marked, and alarms are marked by themselves."""
+        is_alarm = str(record.msg).startswith("alarm: ")
+        mark = "warning: " if record.levelno >= logging.WARNING and not is_alarm else ""
         if self._output is None or self._output.stream is not sys.stdout:
             self._output = Output(sys.stdout)
         self._output.write(mark + self.format(record) + "\n")

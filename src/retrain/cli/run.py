@@ -184,7 +184,10 @@ def _signals(stop: threading.Event) -> Generator[None]:
             os.write(2, b"\nStopped at once; the newest checkpoint is what is left.\n")
             os._exit(EXIT_INTERRUPTED)
         stop.set()
-        os.write(2, b"\nFinishing this step and saving. Press Ctrl-C again to stop at once.\n")
+        note = "Finishing this step and saving. Press Ctrl-C again to stop at once."
+        live = sys.modules.get("retrain.live")
+        if live is None or not live.say(note):
+            os.write(2, f"\n{note}\n".encode())
 
     if threading.current_thread() is not threading.main_thread():
         yield
