@@ -106,6 +106,7 @@ class Device:
     bandwidth: float
     here: bool
     note: str = ""
+    swap: int = 0
 
     def peaks(self, itemsize: int) -> Peaks | None:
         """The roof for weights of ``itemsize`` bytes, None where it is unknown."""
@@ -128,7 +129,7 @@ def present(devices: str, *, speed: bool = True) -> Device:
         return found
     note = "" if devices == "cpu" else f"no CUDA device here: {devices} falls back to the CPU"
     return Device(
-        "CPU", "cpu", _host_bytes(), 0.0, _cpu_flops() if speed else 0.0, 10e9 if speed else 0.0, True, note
+        "CPU", "cpu", _host_bytes(), 0.0, _cpu_flops() if speed else 0.0, 10e9 if speed else 0.0, True, note, _swap_bytes()
     )  # fmt: skip
 
 
@@ -170,6 +171,14 @@ def _host_bytes() -> int:
         if text.isdecimal():
             total = min(total, int(text))
     return total
+
+
+def _swap_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("SwapTotal"))
 
 
 def _cpu_flops() -> float:
@@ -399,7 +408,7 @@ class _Reached:
 
 _REACHED = {
     "cpu": _Reached((0.3, 1.1), (0.3, 1.1), (1e-4, 2e-3)),
-    "cuda": _Reached((0.15, 0.8), (0.15, 0.65), (0.0, 1e-4)),
+    "cuda": _Reached((0.25, 0.85), (0.2, 0.65), (0.0, 1e-4)),
 }
 """On the CPU measured (benches/estimate.py); on CUDA what trainers of this kind publish, from slow to good."""
 
@@ -500,9 +509,7 @@ def that_fit(config: Config, model: Model, device: Device) -> list[str]:
     return found
 
 
-def cards_that_fit(need: int, kind: str) -> Sequence[str]:
-    """Names of cards of the table with at least ``need`` bytes, smallest first; none for a CPU."""
-    fitting = sorted(
-        (s for s in cards.CARDS.values() if s.bytes >= need), key=lambda s: (s.memory_gb, s.bf16)
-    )
-    return [s.name for s in fitting] if kind == "cuda" else []
+def cards_that_fit(need: int) -> Sequence[str]:
+    """Names of cards of the table with at least ``need`` bytes, smallest first."""
+    fitting = sorted((s for s in cards.CARDS.values() if s.bytes >= need), key=lambda s: (s.memory_gb, s.bf16))
+    return [s.name for s in fitting]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from retrain import plugins
+from retrain import estimate, plugins
 from retrain.algorithms.credit import build_schedule
 from retrain.config.own import named_plugins
 from retrain.config.schema import Config, Sepa
@@ -18,7 +18,7 @@ from retrain.config.tables import rewards_by_source
 from retrain.environments.arithmetic import TINY_INSTRUCTION
 from retrain.environments.procedural import INSTRUCTION
 from retrain.environments.reading import DEFAULT_INSTRUCTION
-from retrain.errors import ConfigError, PluginError, ResumeError
+from retrain.errors import ConfigError, ModelError, PluginError, ResumeError
 from retrain.protocols import Renderer
 from retrain.tracking import layout
 from retrain.training import references
@@ -220,6 +220,55 @@ def inexact_because(
     return reasons
 
 
+def gib(number: float) -> str:
+    """Bytes in words."""
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.0f} MiB"
+
+
+def check_fit(config: Config, device: estimate.Device | None = None) -> None:
+    """ConfigError, with what would fit, where the device (None: the one of ``backend.devices``) cannot hold what no
+    rollout can avoid: weights, adapter, optimizer. Says nothing about a model or a backend that it does not know."""
+    if config.backend.backend != "local":
+        return
+    try:
+        model = estimate.model_of(config)
+    except ModelError:
+        return
+    device = device or estimate.present(config.backend.devices, speed=False)
+    refuse_unfit(config, estimate.estimate(config, model, device))
+
+
+def refuse_unfit(config: Config, made: estimate.Estimate) -> None:
+    """``check_fit`` for an estimate that is there."""
+    device, memory = made.device, made.memory
+    if memory.certain <= device.bytes + device.swap:
+        return
+    adapter = 16 * made.trainable
+    fixes = [*estimate.that_fit(config, made.model, device)]
+    if device.kind == "cuda":
+        larger = estimate.cards_that_fit(int(memory.certain / 0.8))
+        fixes += [f"a larger card ({', '.join(larger[:3])})"] if larger else []
+    fixes.append("a smaller model")
+    raise ConfigError(
+        f"this run cannot fit on {device.name} with {gib(device.bytes)}: it needs at least {gib(memory.certain)} "
+        f"(weights {gib(memory.kept['weights'])}, adapter and optimizer {gib(adapter)}, and the runtime).",
+        fix=f"any one of: {'; '.join(fixes)}.",
+    )
+
+
+def fit_advice(made: estimate.Estimate) -> list[str]:
+    """What to know where a run fits, but perhaps not at its longest."""
+    device, memory = made.device, made.memory
+    if memory.certain > device.bytes + device.swap or memory.high <= device.bytes:
+        return []
+    over = "is expected to need" if memory.peak > device.bytes else "may need up to"
+    size = memory.peak if memory.peak > device.bytes else memory.high
+    return [
+        f"The run {over} {gib(size)} where every answer reaches training.max_tokens, and {device.name} has "
+        f"{gib(device.bytes)}: lower training.max_tokens, training.microbatch_tokens or inference.max_rows if it runs out."
+    ]
+
+
 def check_lengths(config: Config, renderer: Renderer, tasks: Sequence[Task], context: int | None) -> None:
     """ConfigError when the longest prompt and its completion cannot fit the model's positions."""
     if not context:
@@ -240,6 +289,18 @@ def check_lengths(config: Config, renderer: Renderer, tasks: Sequence[Task], con
             f"rollout may need {needed} positions, but {config.model.model} has {context}.",
             fix=f"set training.max_tokens to at most {context - prompt}.",
         )
+
+
+def ignored_settings(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """What a generation_config.json holds and is not allowed to set, as the renderer of a run tells it."""
+    return {
+        key: value
+        for key, value in sorted(generation.items())
+        if value is not None
+        and not key.startswith("_")
+        and not key.endswith("_token_id")
+        and key != "transformers_version"
+    }
 
 
 def advice(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import logging
 import secrets
 import shutil
@@ -13,7 +14,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from retrain import plugins, preflight
 from retrain.config.load import LoadedConfig, dump_toml, load
@@ -69,7 +70,7 @@ def execute(
     place = preflight.choose_directory(config, overwrite=overwrite, fork=fork)
     preflight.check_writable(place.directory, "logging.log_dir")
     # Made absolute, so that the recorded configuration finds the same plug-ins from any folder.
-    config = _anchored(config, loaded.path)
+    config = anchored(config, loaded.path)
     config = _with(config, "plugins", search_paths=tuple(str(p.resolve()) for p in loaded.search_paths))
     plugins.add_search_paths(loaded.search_paths)
     preflight.check_plugins(config)
@@ -81,12 +82,37 @@ def execute(
         for line in loaded.announcements:
             log.info(line)
         config = _with(config, "logging", log_dir=str(place.directory))
-        return _run(config, place, plain=plain, stop=stop)
+        return _run(config, place, origins=origins_of(loaded), plain=plain, stop=stop)
 
 
-def _run(config: Config, place: preflight.Place, *, plain: bool, stop: threading.Event) -> RunResult:
+def origins_of(loaded: LoadedConfig) -> dict[str, str]:
+    """Where each value that is no default came from: ``{"training.lr": "retrain.toml:12"}``."""
+    return {
+        key: o.where or "a mapping"
+        for key, o in sorted(loaded.origins.items())
+        if o.kind != "default" and key != "resume.from"
+    }
+
+
+def _origins_before(directory: Path) -> dict[str, str] | None:
+    """What the first start of the run in ``directory`` recorded; None where it recorded none."""
+    try:
+        found = json.loads((directory / layout.RUN).read_text(encoding="utf-8")).get("origins")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return cast("dict[str, str]", found) if isinstance(found, dict) else None
+
+
+def _run(
+    config: Config, place: preflight.Place, *, origins: Mapping[str, str], plain: bool, stop: threading.Event
+) -> RunResult:
     directory = place.directory
     start = 0
+    if place.how == "resume":
+        # A resume reads config.toml, which knows values and not where they were first written; flags are its own.
+        known = _origins_before(directory)
+        if known is not None:
+            origins = known | {key: where for key, where in origins.items() if where.startswith("--")}
     before = load(directory / layout.CONFIG).config if place.how == "resume" else None
     if config.training.seed < 0:
         seed = secrets.randbelow(2**31) if before is None else before.training.seed
@@ -96,6 +122,8 @@ def _run(config: Config, place: preflight.Place, *, plain: bool, stop: threading
         preflight.check_resume(before, config)
 
     def check(renderer: Any, tasks: Sequence[Task], held_out: Sequence[Task]) -> None:
+        # By now the model's config.json is here, and its weights are not loaded yet.
+        preflight.check_fit(config)
         preflight.check_lengths(config, renderer, (*tasks, *held_out), renderer.context_length)
         for line in preflight.advice(config, tasks, held_out, renderer.ignored_generation_settings):
             log.info("note: %s", line)
@@ -105,7 +133,12 @@ def _run(config: Config, place: preflight.Place, *, plain: bool, stop: threading
             start = _restore(config, parts)
         write_atomically(directory / layout.CONFIG, dump_toml(_with(config, "resume", from_="")))
         parts.log.begin(
-            {"facts": parts.facts, "started_at_step": start, "max_steps": config.training.max_steps}
+            {
+                "facts": parts.facts,
+                "started_at_step": start,
+                "max_steps": config.training.max_steps,
+                "origins": dict(origins),
+            }
         )
         status: Literal["done", "interrupted", "failed"] = "failed"
         try:
@@ -162,7 +195,7 @@ def _save_adapter(config: Config, directory: Path, parts: Parts) -> None:
     log.info("Adapter: %s", target)
 
 
-def _anchored(config: Config, toml: Path | None) -> Config:
+def anchored(config: Config, toml: Path | None) -> Config:
     """Paths of inputs made absolute, looked for beside the TOML and then in the working directory, so that the
     recorded configuration finds them from any folder; ids of models and what does not exist stay as they are, but for
     ``lora.init_from``: a folder in any case, which may be gone when the run is resumed."""

@@ -2,14 +2,455 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from retrain.errors import NotInThisVersion
+from retrain.errors import ConfigError, ModelError, UsageError
 
-USAGE = {"explain": "Usage: retrain explain\n"}
+if TYPE_CHECKING:
+    from retrain.config.load import LoadedConfig
+    from retrain.config.options import CommandLine
+    from retrain.estimate import Device, Estimate, Interval
+    from retrain.training.probe import Probe
+
+USAGE = {
+    "explain": """\
+Usage: retrain explain [CONFIG] [--gpu NAME] [--probe N] [--json] [--flag value ...]
+
+Says what a run of CONFIG (./retrain.toml) would do, need and cost: settings and where they come from, a step's
+arithmetic, memory by part, time, disk, and what is worth knowing before it starts. Loads no model and no data.
+
+  --gpu NAME        estimate for this card and not for this machine, such as "RTX 4090" or H100
+  --probe N         sample N tasks with the real model: groups without a signal, lengths, cut answers, and time again
+  --data            read the training data as well: what its references mean for the reward
+  --template NAME   explain a template that ships with the package
+  --all             show every setting, defaults too
+  --json            print one JSON object
+Every setting of a run has its usual flag: retrain explain --batch-size 4 --gpu H100. Ends with code 2 where the device
+cannot hold the run.
+"""
+}
+
+_ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
+_QUICK_BYTES = 4 * 2**20
+"""A JSONL file up to this size is read without being asked to."""
+_STANDARD_CONDITIONS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What was asked on the command line, and what it led to."""
+
+    loaded: LoadedConfig
+    line: CommandLine
+    label: str
+    gpu: str
+    probe: int
+    data: bool
+    all: bool
 
 
 def explain(arguments: Sequence[str]) -> int:
     """The command ``explain``."""
-    raise NotInThisVersion("retrain explain is not in this version.", fix="leave it out.")
+    from retrain.cli import streams
+    from retrain.cli.verb import at_once_on_interrupt, own_flags, quiet_loading, whole_number
 
+    values, switches = (
+        ("--gpu", "--probe", "--template"),
+        ("--json", "--data", "--all", "--overwrite", "--fork"),
+    )
+    own, rest = own_flags("explain", arguments, values=values, switches=switches)
+    tasks = whole_number(own["--probe"], "--probe", least=1) if "--probe" in own else 0
+    if tasks and "--gpu" in own:
+        raise UsageError("--probe samples on this machine, and --gpu names another.", fix="give one of them.")
+    with streams.results(alone="--json" in own) as out, quiet_loading(), at_once_on_interrupt():
+        loaded, line, label = _loaded(rest, own.get("--template", ""))
+        line.switches |= {s for s in ("--overwrite", "--fork") if s in own}
+        asked = _Asked(loaded, line, label, own.get("--gpu", ""), tasks, "--data" in own, "--all" in own)
+        record, refusal = _record(asked)
+        if "--json" in own:
+            from retrain.tracking.run_log import to_json
+
+            out.record(to_json(record))
+        else:
+            from retrain.cli.explained import text
+
+            out.line(text(record))
+    if refusal is not None:
+        raise refusal
+    return 0
+
+
+def _loaded(rest: Sequence[str], template: str) -> tuple[LoadedConfig, CommandLine, str]:
+    from retrain.cli import dotenv
+    from retrain.config import templates
+    from retrain.config.load import load
+    from retrain.config.options import parse
+    from retrain.errors import NotInThisVersion
+    from retrain.tracking import layout
+
+    line = parse(rest)
+    with contextlib.redirect_stdout(sys.stderr):
+        dotenv.load()
+    if template:
+        if template not in templates.TEMPLATES or line.config is not None:
+            raise UsageError(
+                f"--template {template}: give one of {', '.join(templates.TEMPLATES)}, and no CONFIG.",
+                fix="retrain init --list describes them.",
+            )
+        label = f"template {template}"
+        return load(Path(templates.path_of(template)), line.overrides, label=label), line, label
+    resumed = next((str(o.value) for o in line.overrides if o.path == ("resume", "from")), "")
+    source = Path(line.config or "retrain.toml")
+    if line.config is None and resumed:
+        source = Path(resumed) / layout.CONFIG
+    elif line.config is None and not source.exists():
+        raise UsageError(
+            "no configuration: there is no retrain.toml here and none was named.",
+            fix="retrain explain CONFIG, or retrain explain --template tiny.",
+        )
+    try:
+        return load(source, line.overrides), line, str(source)
+    except NotInThisVersion:
+        # A campaign does not run in this version, but what it would cost can be said.
+        campaign = _without_campaign(source, line)
+        if campaign is None:
+            raise
+        return campaign, line, str(source)
+
+
+def _without_campaign(source: Path, line: CommandLine) -> LoadedConfig | None:
+    """The configuration with its campaign checked apart from it, None where there is none."""
+    import tempfile
+    import tomllib
+    from dataclasses import replace
+
+    from pydantic import ValidationError
+
+    from retrain.config.load import load
+    from retrain.config.schema import Campaign, Config
+
+    raw = tomllib.loads(source.read_text(encoding="utf-8-sig")).get("campaign")
+    if not isinstance(raw, dict):
+        return None
+    kept: list[str] = []
+    inside = False
+    for text in source.read_text(encoding="utf-8-sig").splitlines():
+        if text.lstrip().startswith("["):
+            inside = text.strip(" \t[]").split("]")[0].split(".")[0].strip() == "campaign"
+        kept.append("" if inside else text)  # lines keep their numbers
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / source.name
+        copy.write_text("\n".join(kept) + "\n", encoding="utf-8")
+        loaded = load(copy, line.overrides, label=str(source))
+    try:
+        campaign = Config.model_validate({"campaign": raw}).campaign or Campaign()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{source}: {key}: {first['msg']}.", fix="correct the value.") from error
+    said = f"{source}: [campaign] does not run in this version; the run below is one of its runs."
+    return replace(
+        loaded,
+        config=loaded.config.model_copy(update={"campaign": campaign}),
+        announcements=(*loaded.announcements, said),
+        path=source,
+    )
+
+
+def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
+    """Everything that is known, JSON-serialisable, and the refusal where the device cannot hold the run."""
+    from retrain import estimate, plugins, preflight
+
+    loaded, config = asked.loaded, asked.loaded.config
+    plugins.add_search_paths(loaded.search_paths)
+    preflight.check_plugins(config)
+    unknown: list[str] = []
+    advice: list[str] = []
+    model, made, refusal = None, None, None
+    device = estimate.card(asked.gpu) if asked.gpu else estimate.present(config.backend.devices)
+    try:
+        model = estimate.model_of(config, loaded.path.parent if loaded.path else None)
+    except ModelError as error:
+        unknown.append(f"Parameters, memory and time: {error.message}")
+    if config.backend.backend != "local":
+        unknown.append(f"Memory and time: they are those of backend {config.backend.backend!r}.")
+    elif model is not None:
+        made = estimate.estimate(config, model, device)
+        try:
+            preflight.refuse_unfit(config, made)
+        except ConfigError as error:
+            refusal = error
+        advice += preflight.fit_advice(made)
+    tasks, references = _references(asked)
+    ignored = preflight.ignored_settings((model.generation if model else None) or {})
+    advice += preflight.advice(config, tasks, (), ignored)
+    found = None
+    if asked.probe and refusal is None:
+        found = _probe(asked, advice)
+        if made is not None and model is not None:
+            made = estimate.estimate(
+                config, model, device,
+                prompt=round(found.prompt),
+                lengths=estimate.Interval(max(1.0, found.length.low), max(1.0, min(found.length.high, config.training.max_tokens))),
+                trained=estimate.Interval(1 - found.silent.high, 1 - found.silent.low),
+            )  # fmt: skip
+    unknown += _unknown(config, model, made, asked, tasks is not None and bool(tasks))
+    record: dict[str, Any] = {
+        "configuration": asked.label,
+        "settings": _settings(asked),
+        "environment": {n: os.environ[n] for n in _ENVIRONMENT if os.environ.get(n)},
+        "model": model and {
+            "name": model.name, "parameters": model.parameters, "layers": model.shape.layers, "hidden": model.shape.hidden,
+            "context": model.context, "source": model.source,
+        },
+        "trainable_parameters": made.trainable if made else model and model.shape.adapter_weights(config.model.lora_rank),
+        "device": _device(device),
+        "step": _step(config, made),
+        "memory": made and _memory(made),
+        "time": made and _time(config, made, measured=found is not None),
+        "disk": _disk(config, made),
+        "campaign": _campaign(config, made),
+        "sepa": _sepa(config),
+        "references": references,
+        "generation_config_not_used": None if model is None or model.generation is None else dict(ignored),
+        "probe": found and _probed(found),
+        "run_directory": _place(asked),
+        "announcements": list(loaded.announcements),
+        "advice": advice,
+        "unknown": unknown,
+        "fits": made and {"verdict": _verdict(made), "why": refusal and refusal.message, "fix": refusal and refusal.fix},
+    }  # fmt: skip
+    return record, refusal
+
+
+def _verdict(made: Estimate) -> str:
+    size, memory = made.device.bytes, made.memory
+    if memory.certain > size + made.device.swap:
+        return "cannot"
+    return "yes" if memory.high <= size else "perhaps" if memory.low <= size else "not at its longest"
+
+
+def _settings(asked: _Asked) -> list[dict[str, Any]]:
+    from retrain.config.fields import settings
+
+    config, origins = asked.loaded.config, asked.loaded.origins
+    found: list[dict[str, Any]] = []
+    for key, setting in settings().items():
+        origin = origins[key]
+        section, _, name = key.partition(".")
+        value: Any = getattr(config, section)
+        for part in name.split("."):
+            # A TOML key that is a word of Python has an underscore in the schema.
+            value = None if value is None else getattr(value, part, getattr(value, f"{part}_", None))
+        if value is None and section in ("campaign", "squeeze"):
+            continue
+        if asked.all or origin.kind != "default":
+            found.append({
+                "key": key, "value": list(value) if isinstance(value, tuple) else value, "default": setting.default,
+                "origin": origin.where or origin.kind, "kind": origin.kind,
+            })  # fmt: skip
+    return found
+
+
+def _device(device: Device) -> dict[str, Any]:
+    return {
+        "name": device.name, "kind": device.kind, "here": device.here, "bytes": device.bytes,
+        "flops_bf16": device.flops_bf16 or None, "flops_fp32": device.flops_fp32 or None,
+        "bandwidth": device.bandwidth or None, "note": device.note,
+    }  # fmt: skip
+
+
+def _step(config: Any, made: Estimate | None) -> dict[str, Any]:
+    training = config.training
+    rollouts = training.batch_size * training.group_size
+    found = {
+        "tasks": training.batch_size, "group_size": training.group_size, "rollouts": rollouts,
+        "max_tokens": training.max_tokens, "sampled_tokens_at_most": rollouts * training.max_tokens,
+        "updates": training.updates_per_batch, "steps": training.max_steps,
+        "oversampled_rollouts_at_most": int(rollouts * training.max_oversample) if training.min_signal else rollouts,
+    }  # fmt: skip
+    if made is not None:
+        found |= {
+            "prompt_tokens": made.step.prompt, "microbatches_at_most": made.step.microbatches,
+            "microbatch_tokens": training.microbatch_tokens or made.plan.microbatch_tokens,
+            "rows_at_once": made.rows, "checkpointing": made.plan.checkpointing,
+        }  # fmt: skip
+    return found
+
+
+def _memory(made: Estimate) -> dict[str, Any]:
+    memory = made.memory
+    return {
+        "kept": memory.kept, "sampling": memory.sampling, "learning": memory.learning, "peak": memory.peak,
+        "low": memory.low, "high": memory.high, "certain": memory.certain, "device": made.device.bytes,
+    }  # fmt: skip
+
+
+def _time(config: Any, made: Estimate, *, measured: bool) -> dict[str, Any] | None:
+    step = made.step_seconds
+    if step is None or made.seconds is None:
+        return None
+    return {
+        "phases": {name: _ends(span) for name, span in made.seconds.items()},
+        "step": _ends(step),
+        "evaluation": made.evaluation and _ends(made.evaluation),
+        "evaluations": made.evaluations,
+        "run": _ends(made.run_seconds(config.training.max_steps)),
+        "lengths": "as the probe saw them" if measured else "from a fifth of max_tokens to all of it",
+    }
+
+
+def _ends(span: Interval | None) -> dict[str, float] | None:
+    return span and {"low": float(f"{span.low:.3g}"), "high": float(f"{span.high:.3g}")}
+
+
+def _disk(config: Any, made: Estimate | None) -> dict[str, Any] | None:
+    if made is None:
+        return None
+    every, steps, keep = (
+        config.training.save_every,
+        config.training.max_steps,
+        config.training.keep_checkpoints,
+    )
+    count = min(keep, max(1, -(-steps // every)) if every else 1)
+    tokens = steps * made.step.sampled if config.logging.rollouts else 0
+    return {
+        "checkpoint": 12 * made.trainable, "checkpoints_kept": count, "adapter": 4 * made.trainable,
+        # Measured on runs of both model sizes of benches/estimate.py.
+        "rollouts_at_most": 10 * tokens,
+    }  # fmt: skip
+
+
+def _campaign(config: Any, made: Estimate | None) -> dict[str, Any] | None:
+    campaign = config.campaign
+    if campaign is None:
+        return None
+    conditions = len(campaign.conditions) or _STANDARD_CONDITIONS
+    runs = conditions * len(campaign.seeds)
+    span = made and made.run_seconds(campaign.max_steps)
+    return {
+        "conditions": conditions, "seeds": len(campaign.seeds), "steps": campaign.max_steps, "runs": runs,
+        "one_after_the_other": _ends(span.times(runs)) if span else None,
+    }  # fmt: skip
+
+
+def _sepa(config: Any) -> dict[str, Any] | None:
+    """Lambda of the linear schedule, where the transform uses it."""
+    if config.algorithm.algorithm_mode or not config.algorithm.transform_mode.startswith("gtpo_sepa"):
+        return None
+    from retrain.algorithms.credit import build_schedule
+
+    steps = config.training.max_steps
+    first, middle, last = build_schedule(config).linear_lambdas([0, steps // 2, steps - 1])
+    return {
+        "first": first, "middle": middle, "last": last, "schedule": config.sepa.schedule,
+        "correct_rate_gate": config.sepa.correct_rate_gate,
+    }  # fmt: skip
+
+
+def _references(asked: _Asked) -> tuple[Sequence[Any], dict[str, Any]]:
+    """The training tasks where they are quickly read or asked for, and what their references are."""
+    from retrain.runner import anchored
+
+    config = anchored(asked.loaded.config, asked.loaded.path)
+    quick = config.data.source == "jsonl" and os.path.isfile(config.data.path)
+    if not asked.data and not (quick and os.path.getsize(config.data.path) <= _QUICK_BYTES):
+        why = "they are whole numbers" if config.data.source == "arithmetic" else "--data reads the data"
+        return (), {"read": False, "note": why}
+    import re
+
+    from retrain.environments.mixture import training_tasks
+
+    tasks, _ = training_tasks(config)
+    plain = sum(re.fullmatch(r"-?\d+", t.reference.strip()) is not None for t in tasks)
+    return tasks, {"read": True, "tasks": len(tasks), "whole_numbers": plain, "note": ""}
+
+
+def _probe(asked: _Asked, advice: list[str]) -> Probe:
+    from retrain import preflight
+    from retrain.runner import anchored
+    from retrain.training.probe import probe
+
+    config = anchored(asked.loaded.config, asked.loaded.path)
+
+    def check(renderer: Any, tasks: Sequence[Any], held_out: Sequence[Any]) -> None:
+        preflight.check_lengths(config, renderer, (*tasks, *held_out), renderer.context_length)
+        more = preflight.advice(config, tasks, held_out, renderer.ignored_generation_settings)
+        advice.extend(line for line in more if line not in advice)
+
+    return probe(config, asked.probe, check)
+
+
+def _probed(found: Probe) -> dict[str, Any]:
+    return {
+        "tasks": found.tasks, "rollouts": found.rollouts, "silent": found.silent.to_json(),
+        "truncated": found.truncated.to_json(), "length": found.length.to_json(), "median_length": found.median,
+        "p95_length": found.p95, "prompt": found.prompt, "reward": found.reward.to_json(), "errors": found.errors,
+        "seconds": found.seconds,
+    }  # fmt: skip
+
+
+def _place(asked: _Asked) -> dict[str, Any]:
+    """Where the run would write, and what stands there."""
+    from retrain import preflight
+    from retrain.tracking.read import RunRecord
+
+    config = asked.loaded.config
+    directory = preflight.expanded(config.resume.from_ or config.logging.log_dir, "logging.log_dir")
+    found: dict[str, Any] = {"path": str(directory), "how": "", "note": ""}
+    try:
+        place = preflight.choose_directory(
+            config, overwrite="--overwrite" in asked.line.switches, fork="--fork" in asked.line.switches
+        )
+        found |= {"path": str(place.directory), "how": place.how, "note": place.note}
+    except ConfigError as error:
+        found |= {"how": "refused", "note": str(error)}
+    with contextlib.suppress(UsageError, OSError):
+        run = RunRecord.at(directory)
+        found["holds"] = {
+            "state": run.state,
+            "step": run.facts.get("step"),
+            "max_steps": run.facts.get("max_steps"),
+        }
+    return found
+
+
+_SLOW_REWARDS: Mapping[str, str] = {
+    "custom": "how long your reward function takes",
+    "judge": "how long the judge takes",
+    "composite": "how long the parts of the reward take",
+}
+
+
+def _unknown(config: Any, model: Any, made: Estimate | None, asked: _Asked, read: bool) -> list[str]:
+    """What stays open, in plain words."""
+    found: list[str] = []
+    if not asked.probe and made is not None:
+        found.append(
+            f"How long answers get and how many groups train: --probe N measures both. Prompts are taken as {made.step.prompt} "
+            "tokens."
+        )
+    if made is not None and made.seconds is None:
+        why = (
+            "4-bit weights"
+            if config.model.quantization
+            else f"{made.device.name}: {made.device.note or 'its speed'}"
+        )
+        found.append(f"Time: there is no figure for {why}.")
+    if made is not None and made.device.kind == "cuda":
+        found.append("Memory and time on CUDA come from sizes and data sheets; they were not measured.")
+    if slow := _SLOW_REWARDS.get(config.reward.type):
+        found.append(f"Scoring: {slow} is not in the time.")
+    if config.environment.provider:
+        found.append("Tools and environments: their answers' time and length are not in the time.")
+    if model is not None and model.generation is None:
+        found.append("What the model's generation_config says: its files are not on this machine.")
+    if config.backend.devices != "cpu" and made is not None and made.device.kind == "cpu":
+        found.append(f"The GPU: {made.device.note}. --gpu NAME estimates for a card.")
+    return found

@@ -1,0 +1,245 @@
+"""The text of ``retrain explain``: one record, for a terminal of 100 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_WIDTH = 100
+_INDENT = "  "
+
+
+def text(record: Mapping[str, Any]) -> str:
+    """The record in words."""
+    parts = [
+        _settings(record), _step(record), _memory(record), _time(record), _probe(record), _credit(record),
+        _directory(record), _list("Worth knowing", [*record["announcements"], *record["advice"]]),
+        _list("Not known", record["unknown"]),
+    ]  # fmt: skip
+    return "\n\n".join("\n".join(line.rstrip() for line in part) for part in parts if part)
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that reads best."""
+    if value < 1:
+        return f"{value:.2g} s"
+    if value < 120:
+        return f"{value:.3g} s"
+    if value < 7200:
+        return f"{value / 60:.3g} min"
+    return f"{value / 3600:.3g} h" if value < 172_800 else f"{value / 86_400:.3g} days"
+
+
+def size(value: float) -> str:
+    """Bytes in the unit that reads best."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= scale:
+            return (
+                f"{value / scale:,.1f} {unit}"
+                if value < 10 * scale or unit == "GiB"
+                else f"{value / scale:,.0f} {unit}"
+            )
+    return f"{value:,.0f} B"
+
+
+def _span(ends: Mapping[str, float]) -> str:
+    return f"{seconds(ends['low'])} to {seconds(ends['high'])}"
+
+
+def _wrapped(line: str, first: str = _INDENT, then: str = _INDENT) -> list[str]:
+    return textwrap.wrap(
+        line,
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=then,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _list(title: str, lines: Sequence[str]) -> list[str]:
+    return [title, *(w for line in lines for w in _wrapped(line, "  - ", "    "))] if lines else []
+
+
+def _settings(record: Mapping[str, Any]) -> list[str]:
+    from retrain.config.fields import literal
+
+    rows = [
+        (s["key"], "unset" if s["value"] is None else literal(s["value"]), s["origin"])
+        for s in record["settings"]
+    ]
+    lines = [f"{record['configuration']}: settings and where they come from"]
+    if not any(s["kind"] == "default" for s in record["settings"]):
+        lines[0] = f"{record['configuration']}: settings that are not defaults, and where they come from"
+    key = max((len(r[0]) for r in rows), default=0)
+    value = min(40, max((len(r[1]) for r in rows), default=0))
+    for name, shown, origin in rows:
+        if len(shown) > value:
+            lines += [f"{_INDENT}{name:<{key}}  {shown}", f"{_INDENT}{'':<{key}}  {'':<{value}}  {origin}"]
+        else:
+            lines.append(f"{_INDENT}{name:<{key}}  {shown:<{value}}  {origin}")
+    for name, shown in record["environment"].items():
+        lines.append(f"{_INDENT}{name:<{key}}  {shown:<{value}}  environment")
+    return lines
+
+
+def _step(record: Mapping[str, Any]) -> list[str]:
+    step, model = record["step"], record["model"]
+    lines = [
+        "A step",
+        f"{_INDENT}rollouts     {step['tasks']:,} tasks x {step['group_size']:,} answers = {step['rollouts']:,}"
+        + (
+            f", up to {step['oversampled_rollouts_at_most']:,} where too few groups carry a signal"
+            if step["oversampled_rollouts_at_most"] > step["rollouts"]
+            else ""
+        ),
+        f"{_INDENT}tokens       at most {step['sampled_tokens_at_most']:,} sampled ({step['max_tokens']:,} an answer)",
+    ]
+    if "rows_at_once" in step:
+        lines.append(f"{_INDENT}sampling     at most {step['rows_at_once']:,} answers at once")
+        again = ", activations computed twice" if step["checkpointing"] else ""
+        lines.append(
+            f"{_INDENT}updates      {step['updates']:,}, in at most {_count(step['microbatches_at_most'], 'microbatch')} of up to "
+            f"{step['microbatch_tokens']:,} tokens{again}"
+        )
+    else:
+        lines.append(f"{_INDENT}updates      {step['updates']:,}")
+    if model:
+        lines.append(
+            f"{_INDENT}trainable    {record['trainable_parameters']:,} parameters beside {model['parameters']:,} frozen ones of "
+            f"{model['name']}"
+        )
+        lines.append(f"{_INDENT}{'':<13}(shape from {model['source']})")
+    return [w for line in lines for w in (_wrapped(line, "", " " * 15) if len(line) > _WIDTH else [line])]
+
+
+def _count(n: int, word: str) -> str:
+    plural = f"{word}es" if word.endswith("ch") else f"{word}s"
+    return f"{n:,} {word if n == 1 else plural}"
+
+
+def _memory(record: Mapping[str, Any]) -> list[str]:
+    memory, device = record["memory"], record["device"]
+    if not memory:
+        return []
+    sampling, learning = sum(memory["sampling"].values()), sum(memory["learning"].values())
+    lines = [
+        f"Memory on {device['name']}, which has {size(device['bytes'])}, where every answer reaches its longest"
+    ]
+    for title, parts, counted in (
+        ("", memory["kept"], True),
+        ("while sampling", memory["sampling"], sampling >= learning),
+        ("while learning", memory["learning"], learning > sampling),
+    ):
+        if title:
+            other = "" if counted else "   (not at the same time: the larger counts)"
+            lines.append(f"{_INDENT}{title:<22}{size(sum(parts.values())):>10}{other}")
+        lines += [
+            f"{_INDENT}{'  ' if title else ''}{name:<{20 if title else 22}}{size(n):>10}"
+            for name, n in parts.items()
+        ]
+    lines.append(
+        f"{_INDENT}{'peak':<22}{size(memory['peak']):>10}   between {size(memory['low'])} and {size(memory['high'])}"
+    )
+    fits = record["fits"]["verdict"]
+    words = {
+        "yes": "yes", "perhaps": "most likely; see below", "not at its longest": "not with answers that long; see below",
+        "cannot": f"no: weights, adapter and optimizer alone need {size(memory['certain'])}",
+    }  # fmt: skip
+    lines.append(f"{_INDENT}{'fits':<22}{words[fits]}")
+    return lines
+
+
+def _time(record: Mapping[str, Any]) -> list[str]:
+    time, disk, campaign = record["time"], record["disk"], record["campaign"]
+    lines: list[str] = []
+    if time:
+        speed = "measured now" if record["device"]["kind"] == "cpu" else record["device"]["note"]
+        lines = [f"Time on {record['device']['name']} ({speed}), with answers {time['lengths']}"]
+        lines += [f"{_INDENT}{name:<13}{_span(ends)}" for name, ends in time["phases"].items()]
+        lines.append(f"{_INDENT}{'a step':<13}{_span(time['step'])}")
+        if time["evaluations"]:
+            lines.append(
+                f"{_INDENT}{'evaluation':<13}{_span(time['evaluation'])}, {time['evaluations']} times"
+            )
+        lines.append(
+            f"{_INDENT}{'the run':<13}{_span(time['run'])} for {_count(record['step']['steps'], 'step')}"
+        )
+    if campaign:
+        total = campaign["one_after_the_other"]
+        lines.append(
+            f"{_INDENT}{'campaign':<13}{campaign['conditions']} conditions x {campaign['seeds']} seeds = {campaign['runs']} runs of "
+            f"{campaign['steps']:,} steps" + (f": {_span(total)} one after the other" if total else "")
+        )
+    if disk:
+        kept = f"{_count(disk['checkpoints_kept'], 'checkpoint')} of {size(disk['checkpoint'])}, adapter {size(disk['adapter'])}"
+        stored = f", rollouts up to {size(disk['rollouts_at_most'])}" if disk["rollouts_at_most"] else ""
+        lines.append(f"{_INDENT}{'disk':<13}{kept}{stored}")
+    return [w for line in lines for w in (_wrapped(line, "", " " * 15) if len(line) > _WIDTH else [line])]
+
+
+def _probe(record: Mapping[str, Any]) -> list[str]:
+    probe = record["probe"]
+    if not probe:
+        return []
+
+    def share(name: str) -> str:
+        r = probe[name]
+        return f"{r['value']:.0%}, 95 % interval {r['low']:.0%} to {r['high']:.0%}"
+
+    length, reward = probe["length"], probe["reward"]
+    lines = [
+        f"Sampled now: {_count(probe['tasks'], 'task')}, {probe['rollouts']:,} answers, in {seconds(probe['seconds'])}",
+        f"{_INDENT}groups without signal  {share('silent')}",
+        f"{_INDENT}answers cut            {share('truncated')}",
+        f"{_INDENT}tokens an answer       {length['value']:.0f} on average, 95 % interval {max(0.0, length['low']):.0f} to "
+        f"{length['high']:.0f}; median {probe['median_length']:.0f}, 95th percentile {probe['p95_length']:.0f}",
+        f"{_INDENT}reward                 {reward['value']:.3f}, 95 % interval {reward['low']:.3f} to {reward['high']:.3f}",
+        f"{_INDENT}tokens a prompt        {probe['prompt']:.0f}",
+    ]
+    if probe["errors"]:
+        lines.append(f"{_INDENT}failed                 {probe['errors']} answers or rewards")
+    return lines
+
+
+def _credit(record: Mapping[str, Any]) -> list[str]:
+    sepa, references, ignored = record["sepa"], record["references"], record["generation_config_not_used"]
+    lines = ["Credit and data"]
+    if sepa:
+        gate = (
+            f", 0 before the correct rate reaches {sepa['correct_rate_gate']:g}"
+            if sepa["correct_rate_gate"] > 0
+            else ""
+        )
+        auto = " at least (schedule auto)" if sepa["schedule"] == "auto" else ""
+        lines.append(
+            f"{_INDENT}SEPA's lambda      {sepa['first']:.2f} at the first step, {sepa['middle']:.2f} at the middle, "
+            f"{sepa['last']:.2f} at the last{auto}{gate}"
+        )
+    if references["read"]:
+        share = references["whole_numbers"] / max(1, references["tasks"])
+        lines.append(
+            f"{_INDENT}references         {references['tasks']:,} read, {share:.1%} of them whole numbers"
+        )
+    else:
+        lines.append(f"{_INDENT}references         not read: {references['note']}")
+    if ignored is not None:
+        listed = ", ".join(f"{k} = {v}" for k, v in ignored.items()) or "nothing to set"
+        lines.append(f"{_INDENT}generation_config  {listed}" + (" (not used)" if ignored else ""))
+    return [w for line in lines for w in (_wrapped(line, "", " " * 21) if len(line) > _WIDTH else [line])]
+
+
+def _directory(record: Mapping[str, Any]) -> list[str]:
+    place = record["run_directory"]
+    words = {
+        "new": "a new run",
+        "overwrite": "replaces the run there",
+        "resume": "goes on with the run there",
+    }
+    lines = ["Run directory", f"{_INDENT}{place['path']}: {words.get(place['how'], 'refused')}"]
+    if "holds" in place:
+        held = place["holds"]
+        step = f", {held['step']} of {held['max_steps']} steps" if held["step"] is not None else ""
+        lines.append(f"{_INDENT}a run stands there: {held['state']}{step}")
+    return lines + (_wrapped(place["note"]) if place["note"] else [])
