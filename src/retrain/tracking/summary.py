@@ -6,14 +6,18 @@ Reads run.json, the heartbeat and the end of metrics.jsonl, never a whole run.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from retrain.tracking import layout
 from retrain.tracking.read import RunRecord, State
-from retrain.tracking.vitals import Row, alarms, is_evaluation, number
+from retrain.tracking.vitals import VITALS, Alarm, Row, Vital, Watch, alarms, is_evaluation, number
 
 RECENT = 5
 """Steps whose mean is shown."""
@@ -170,11 +174,12 @@ def time_split(steps: Sequence[Row]) -> dict[str, float]:
 
 
 def _last_evaluation(rows: Sequence[Row]) -> dict[str, Any] | None:
-    for row in reversed(rows):
-        if is_evaluation(row):
-            keys = ("accuracy", "accuracy_low", "accuracy_high", "mean_reward", "source")
-            return {"step": row.get("step"), **{key: row.get(f"eval/{key}") for key in keys}}
-    return None
+    return next((_evaluation(row) for row in reversed(rows) if is_evaluation(row)), None)
+
+
+def _evaluation(row: Row) -> dict[str, Any]:
+    keys = ("accuracy", "accuracy_low", "accuracy_high", "mean_reward", "source")
+    return {"step": row.get("step"), **{key: row.get(f"eval/{key}") for key in keys}}
 
 
 def duration(seconds: float | None) -> str:
@@ -226,3 +231,65 @@ def sparkline(values: Sequence[float], width: int, *, plain: bool = False) -> st
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         return bars[len(bars) // 2 - 1] * count
     return "".join(bars[min(len(bars) - 1, int((m - low) / (high - low) * len(bars)))] for m in means)
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """More about one run, from all of its metrics."""
+
+    vitals: tuple[Reading, ...]
+    alarms: tuple[Alarm, ...]
+    evaluations: tuple[Mapping[str, Any], ...]
+    checkpoints: tuple[str, ...]
+    best: str | None
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, the readings without their curves."""
+        return {
+            "vitals": [
+                {
+                    "name": r.vital.name, "title": r.vital.title, "unit": r.vital.unit, "value": r.value,
+                    "healthy": r.vital.healthy, "ill": r.ill, "advice": r.vital.advice,
+                }
+                for r in self.vitals
+            ],
+            "alarm_list": [asdict(alarm) for alarm in self.alarms],
+            "evaluations": list(self.evaluations),
+            "checkpoints": list(self.checkpoints),
+            "best_checkpoint": self.best,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A core metric of a run: its newest value, its curve, and whether it is outside its range now."""
+
+    vital: Vital
+    value: float | None
+    curve: tuple[float, ...]
+    ill: bool
+
+
+def examine(run: RunRecord) -> Detail:
+    """Everything that the status of a single run shows beside its summary."""
+    watch, raised = Watch(), list[Alarm]()
+    for row in run.steps:
+        raised += watch.observe(row)
+    readings: list[Reading] = []
+    for vital in VITALS:
+        curve = tuple(value for row in run.steps if (value := vital.value(row)) is not None)
+        readings.append(Reading(vital, curve[-1] if curve else None, curve, vital.name in watch.ill))
+    evaluations = tuple(_evaluation(row) for row in run.evaluations)
+    names = _names(run.path / layout.CHECKPOINTS)
+    best: str | None = None
+    with suppress(OSError, ValueError, AttributeError):
+        state: Any = json.loads((run.path / layout.TRAINER_STATE).read_text(encoding="utf-8"))
+        best = (state.get("best") or {}).get("checkpoint")
+    return Detail(tuple(readings), tuple(raised), evaluations, names, best)
+
+
+def _names(folder: Path) -> tuple[str, ...]:
+    try:
+        return tuple(sorted(p.name for p in folder.iterdir() if layout.checkpoint_step(p.name) is not None))
+    except OSError:
+        return ()

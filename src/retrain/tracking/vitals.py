@@ -105,6 +105,11 @@ def _ratio_gap(row: Row) -> float | None:
     return max(known) if known else None
 
 
+def _moved_kl(row: Row) -> float | None:
+    # With one update a step there is no movement to see, and approx_kl says the same.
+    return number(row, "moved_kl") if (number(row, "num_updates") or 0) > 1 else None
+
+
 def _share_of_time(key: str) -> Callable[[Row], float | None]:
     def share(row: Row) -> float | None:
         whole, part = number(row, "step_time_s"), number(row, key)
@@ -273,8 +278,8 @@ def _divergence(values: Sequence[float], rows: Sequence[Row]) -> str:
 
 
 def _moved(values: Sequence[float], rows: Sequence[Row]) -> str:
-    # With one update a step there is no movement to see, and approx_kl says the same.
-    if (number(rows[-1], "num_updates") or 0) < 2 or values[-1] <= 0.05:
+    del rows
+    if values[-1] <= 0.05:
         return ""
     return f"The updates of one batch moved the policy by {values[-1]:.2g} nats a token (k3)."
 
@@ -329,7 +334,7 @@ def _waiting(values: Sequence[float], rows: Sequence[Row]) -> str:
 
 VITALS: tuple[Vital, ...] = (
     Vital(
-        "correct_rate", "correct rate", "%", "rises; between 10 % and 90 % there is most to learn; never halves within 20 steps",
+        "correct_rate", "correct rate", "%", "rises, never halves within 20 steps; most is learned at 10 % to 90 %",
         "Look at the newest completions, and lower training.lr: too large an update is the usual cause.",
         _read("correct_rate"), _falling,
     ),
@@ -356,24 +361,24 @@ VITALS: tuple[Vital, ...] = (
     ),
     Vital(
         "entropy", "entropy", "nats/token",
-        "above 0.02 while tasks are unsolved; neither falls by three quarters nor doubles within 20 steps",
+        "above 0.02 until 90 % are correct; no fall by 3/4 or doubling in 20 steps",
         "Lower training.lr; against a fall also training.temperature = 1.0, a higher loss.clip_high, or loss.entropy.",
         _read("entropy_mean"), _explore,
     ),
     Vital(
         "ratio_gap", "largest |log ratio|", "",
-        "within ten times its median, or below 0.05; never above 1.5. About 0.001 in float32, 0.1 to 1 in bf16",
+        "below 0.05 or 10 times its median, and below 1.5 (float32: 0.001, bf16: 0.1 to 1)",
         "One token is harmless if approx_kl is small; loss.tis_cap bounds such weights.", _ratio_gap, _mismatch,
     ),
     Vital(
         "approx_kl", "sampler-learner KL", "nats/token",
-        "below 0.01, and within a hundred times its median. About 1e-9 in float32, 1e-4 to 1e-3 in bf16",
+        "below 0.01, and 1e-4 or 100 times its median (float32: 1e-9, bf16: 1e-4 to 1e-3)",
         "What is sampled is not the trained policy: check inference.dtype, inference.kv_cache_dtype and training.top_p.",
         _read("approx_kl"), _divergence,
     ),
     Vital(
         "moved_kl", "KL moved by a batch", "nats/token", "below 0.05",
-        "Lower training.lr or training.updates_per_batch.", _read("moved_kl"), _moved,
+        "Lower training.lr or training.updates_per_batch.", _moved_kl, _moved,
     ),
     Vital(
         "grad_norm", "gradient norm", "", "within ten times its median; not 0",
