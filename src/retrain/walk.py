@@ -114,7 +114,9 @@ def follow(loaded: LoadedConfig, wanted: str = "", step: int | None = None) -> W
         task = _task(parts, wanted)
         loop = EventLoop()
         try:
-            return _follow(config, parts, task, step, loop, drawn=loaded.config.training.seed < 0 and not wanted)
+            return _follow(
+                config, parts, task, step, loop, drawn=loaded.config.training.seed < 0 and not wanted
+            )
         finally:
             loop.close()
 

@@ -14,8 +14,9 @@ from retrain.cli.verb import at_once_on_interrupt, own_flags, quiet_loading, who
 from retrain.errors import UsageError
 
 if TYPE_CHECKING:
-    from retrain.checkup import Check, Continuation
+    from retrain.checkup import Check
     from retrain.config.load import LoadedConfig
+    from retrain.continuation import Continuation
     from retrain.walk import Member, Walk
 
 USAGE = {
@@ -73,9 +74,7 @@ _WIDTH = 118
 
 def trace(arguments: Sequence[str]) -> int:
     """The command ``trace``."""
-    own, rest = own_flags(
-        "trace", arguments, values=("--task", "--step", "--tokens"), switches=("--json",)
-    )
+    own, rest = own_flags("trace", arguments, values=("--task", "--step", "--tokens"), switches=("--json",))
     step = whole_number(own["--step"], "--step", least=0) if "--step" in own else None
     shown = whole_number(own.get("--tokens", str(_SHOWN_TOKENS)), "--tokens", least=1)
     with streams.results(alone="--json" in own) as out, quiet_loading():
@@ -94,11 +93,13 @@ def trace(arguments: Sequence[str]) -> int:
 
 
 def _record(out: streams.Results, value: Any) -> None:
+    """A dataclass, or a mapping, as one JSON object."""
     from dataclasses import asdict
 
     from retrain.tracking.run_log import to_json
 
-    out.record(to_json(value if isinstance(value, Mapping) else asdict(value)))
+    record: dict[str, Any] = value if isinstance(value, dict) else asdict(value)
+    out.record(to_json(record))
 
 
 def _loaded(command: str, rest: Sequence[str], *, else_tiny: bool) -> LoadedConfig | None:
@@ -110,7 +111,9 @@ def _loaded(command: str, rest: Sequence[str], *, else_tiny: bool) -> LoadedConf
 
     line = parse(rest)
     for flag in sorted(line.switches - {"--debug"}):
-        raise UsageError(f"{flag} is not an option of {command}.", fix=f"leave it out; retrain {command} --help.")
+        raise UsageError(
+            f"{flag} is not an option of {command}.", fix=f"leave it out; retrain {command} --help."
+        )
     with contextlib.redirect_stdout(sys.stderr):
         dotenv.load()
     if line.config is not None:
@@ -175,7 +178,9 @@ def _walk_text(walk: Walk, shown: int) -> str:
 def _template(prompt: Mapping[str, Any]) -> str:
     if prompt["error"]:
         return f"failed: {prompt['error']}"
-    form = "by the chat template" if prompt["chat_template"] else "as plain text: the model has no chat template"
+    form = (
+        "by the chat template" if prompt["chat_template"] else "as plain text: the model has no chat template"
+    )
     return form + (f"; the model has {prompt['context']:,} positions" if prompt["context"] else "")
 
 
@@ -289,10 +294,10 @@ def resume_check(arguments: Sequence[str]) -> int:
             )
         with contextlib.redirect_stdout(sys.stderr):
             dotenv.load()
-        from retrain import checkup
+        from retrain.continuation import look
 
         with at_once_on_interrupt():
-            found = checkup.continuation(line.config, line.overrides, weights="--weights" in own)
+            found = look(line.config, line.overrides, weights="--weights" in own)
         if "--json" in own:
             _record(out, found)
         else:
@@ -313,7 +318,9 @@ def _continuation_text(found: Continuation) -> str:
     rows += [("not compared", text) for text in found.not_compared]
     if found.possible:
         left = found.max_steps - (found.step or 0)
-        rows.append(("can resume", f"yes, {left} steps are left" if left else "yes, and nothing is left to train"))
+        rows.append(
+            ("can resume", f"yes, {left} steps are left" if left else "yes, and nothing is left to train")
+        )
         because = "no, because " + "; ".join(found.inexact) + "." if found.inexact else "yes"
         rows.append(("byte-exact", because))
         rows.append(("continue", found.command))

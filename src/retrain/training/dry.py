@@ -4,6 +4,7 @@ them. Leaves out: learner, sampler, trackers, and every file of a run directory.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Generator
@@ -20,6 +21,8 @@ from retrain.protocols import Environment, Renderer, Reward, TaskSource
 from retrain.training.build import evaluator
 from retrain.training.own_parts import make_environment
 from retrain.types import Task
+
+log = logging.getLogger("retrain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +41,11 @@ class Parts:
 
 
 @contextlib.contextmanager
-def parts(config: Config) -> Generator[Parts]:
-    """Make the parts and close them at the end; errors are those that the run would raise."""
+def parts(config: Config, *, model_follows: bool = False) -> Generator[Parts]:
+    """Make the parts and close them at the end; errors are those that the run would raise. ``model_follows``: this process
+    will load the model as well."""
     with contextlib.ExitStack() as stack:
-        renderer = load_renderer(config)
+        renderer = load_renderer(config, model_follows=model_follows)
         tasks, source = training_tasks(config)
         held_out = evaluator(config, renderer)
         reward = plugins.load("reward", "routed")(config, renderer)
@@ -58,9 +62,9 @@ def parts(config: Config) -> Generator[Parts]:
         )
 
 
-def load_renderer(config: Config) -> Renderer:
-    """The run's tokenizer and chat template, without torch where nothing else of the configuration may want it."""
-    with _torch_hidden() if _torch_is_idle(config) else contextlib.nullcontext():
+def load_renderer(config: Config, *, model_follows: bool = False) -> Renderer:
+    """The run's tokenizer and chat template, without torch where nothing else of this process may want it."""
+    with _torch_hidden() if _torch_is_idle(config) and not model_follows else contextlib.nullcontext():
         return plugins.load("renderer", "chat")(
             config.model.model, revision=config.model.revision, template_args=config.data.template_args
         )
@@ -70,6 +74,27 @@ def close(part: object) -> None:
     """Close a part that can be closed."""
     if (end := getattr(part, "close", None)) is not None:
         end()
+
+
+class _Warnings(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def held_warnings() -> Generator[list[str]]:
+    """What the package warns of meanwhile, instead of on stderr."""
+    handler = _Warnings()
+    before, propagate = log.handlers[:], log.propagate
+    log.handlers[:], log.propagate = [handler], False
+    try:
+        yield handler.lines
+    finally:
+        log.handlers[:], log.propagate = before, propagate
 
 
 def _torch_is_idle(config: Config) -> bool:

@@ -1,0 +1,340 @@
+"""What a run would meet, looked at without one: every cheap check of a configuration on this machine. Each finding is a
+``Check``; the checks themselves are those of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from retrain import machine, plugins, preflight
+from retrain.adapter_settings import check_start_adapter
+from retrain.algorithms import credit
+from retrain.config.load import LoadedConfig
+from retrain.config.names import TINY_MODEL
+from retrain.config.own import named_plugins
+from retrain.config.schema import Config
+from retrain.config.tables import rewards_by_source
+from retrain.environments.mixture import training_tasks
+from retrain.errors import ConfigError, ModelError, PluginError, RetrainError
+from retrain.machine import Check, Status
+from retrain.protocols import Renderer, Reward
+from retrain.training import build, dry
+from retrain.training.own_parts import make_environment
+from retrain.training.rollout import EventLoop
+from retrain.training.self_check import Report, check_references
+from retrain.types import Task
+
+T = TypeVar("T")
+
+_SAMPLE = 8
+"""Tasks whose reference is scored without ``--tasks``."""
+_BAD_SHARE = 0.05
+"""Share of refused references from which data and reward do not fit each other."""
+_FOREVER = 1e9
+
+log = logging.getLogger("retrain")
+
+
+def machine_checks(loaded: LoadedConfig | None) -> list[Check]:
+    """The machine's own checks, for runs in the configuration's directory or in ``logs``."""
+    directory = Path(loaded.config.logging.log_dir if loaded else "logs")
+    with contextlib.suppress(
+        RuntimeError
+    ):  # a home directory that does not exist is found by the run's own check
+        directory = directory.expanduser()
+    torch = machine.ask_torch()
+    found = machine.checks(directory, torch)
+    if loaded is not None and loaded.config.backend.backend == "local":
+        found += _device(loaded.config, torch)
+    return found
+
+
+def _device(config: Config, torch: Mapping[str, Any]) -> list[Check]:
+    wanted, count = config.backend.devices, len(torch["devices"])
+    index = int(wanted.partition(":")[2] or 0) if wanted != "cpu" else -1
+    what = f"backend.devices = {wanted!r}"
+    if not torch.get("version") or index < 0:
+        return []
+    if count == 0:
+        return [Check("run", "device", "warning", f"{what}: no CUDA device here, the run would use the CPU",
+                      'write backend.devices = "cpu" if that is meant.')]  # fmt: skip
+    if index >= count:
+        return [Check("run", "device", "problem", f"{what}: this machine has {count} CUDA devices",
+                      f'write backend.devices = "gpu:{count - 1}".')]  # fmt: skip
+    return [Check("run", "device", "ok", f"{what}: {torch['devices'][index]['name']}")]
+
+
+class _Checklist:
+    """Runs one check after the other and keeps what each found, errors and warnings included."""
+
+    def __init__(self) -> None:
+        self.checks: list[Check] = []
+
+    def add(self, name: str, status: Status, what: str, fix: str = "") -> None:
+        """Keep a finding."""
+        self.checks.append(Check("run", name, status, what.strip(), fix))
+
+    def ask(self, name: str, work: Callable[[], T], say: Callable[[T], str]) -> T | None:
+        """What ``work`` returns, described by ``say``; None where it raised, which is then a problem."""
+        with dry.held_warnings() as warned:
+            try:
+                result = work()
+            except ConfigError as error:
+                for line in error.problems or (str(error),):
+                    what, _, fix = line.partition(" Fix: ")
+                    self.add(name, "problem", what, fix)
+                return None
+            except RetrainError as error:
+                self.add(name, "problem", error.message, error.fix)
+                return None
+        text = say(result)
+        if text:
+            self.add(name, "ok", text)
+        for line in warned:
+            self.add(name, "warning", line)
+        return result
+
+
+def config_checks(
+    loaded: LoadedConfig, *, every_task: bool, progress: Callable[[int, int], None] | None = None
+) -> list[Check]:
+    """Every cheap check of a run of ``loaded``; ``every_task`` scores the reference of every task, with ``progress``."""
+    config, checklist = loaded.config, _Checklist()
+    for line in loaded.announcements:
+        checklist.add("settings", "warning", line)
+    if not loaded.announcements:
+        checklist.add("settings", "ok", f"{loaded.path or 'the configuration'} loads")
+    checklist.ask("run directory", lambda: _directory(config), str)
+    plugins.add_search_paths(loaded.search_paths)
+    checklist.ask("plug-ins", lambda: preflight.check_plugins(config), lambda _: _named(config))
+    checklist.ask("trackers", lambda: _trackers(config), str)
+    checklist.ask("start adapter", lambda: check_start_adapter(config), lambda found: "fits" if found else "")
+    checklist.ask("base model", lambda: _weights(config), str)
+    renderer = checklist.ask("tokenizer", lambda: dry.load_renderer(config), _describe)
+    if renderer is not None and not renderer.stop_ids and not config.training.stop:
+        checklist.add("tokenizer", "warning", "the model names no end token: every answer runs to training.max_tokens",
+                      "set training.stop, or use the model's instruct version.")  # fmt: skip
+    dealt = checklist.ask("training tasks", lambda: training_tasks(config), lambda d: _counted(d[0]))
+    tasks = dealt[0] if dealt else []
+    held_out: Sequence[Task] = ()
+    if renderer is not None:
+        held_out = checklist.ask("held-out tasks", lambda: _held_out(config, renderer), _counted) or ()
+        if tasks:
+            _prompts(checklist, config, renderer, [*tasks, *held_out])
+            _advice(checklist, config, renderer, tasks, held_out)
+        checklist.ask(
+            "environment", lambda: make_environment(config, renderer), lambda _: _environment(config)
+        )
+        checklist.ask("algorithm", lambda: _algorithm(config, renderer), str)
+        _rewards(checklist, config, renderer, tasks, every_task=every_task, progress=progress)
+    return checklist.checks
+
+
+def summary(checks: Sequence[Check], loaded: LoadedConfig | None) -> dict[str, Any]:
+    """The checks as one record."""
+    count = {s: sum(c.status == s for c in checks) for s in ("ok", "warning", "problem")}
+    return {
+        "config": str(loaded.path) if loaded and loaded.path else None,
+        "ok": count["problem"] == 0,
+        "counts": count,
+        "checks": [asdict(check) for check in checks],
+    }
+
+
+def _directory(config: Config) -> str:
+    place = preflight.choose_directory(config, overwrite=False, fork=False)
+    if place.directory.is_dir():
+        preflight.check_writable(place.directory, "logging.log_dir")
+    else:
+        above = next(p for p in place.directory.absolute().parents if p.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"logging.log_dir = {str(place.directory)!r} cannot be made: {above} cannot be written.",
+                fix="give another logging.log_dir or change its permissions.",
+            )
+    return place.note or f"{place.directory}, {'continued' if place.how == 'resume' else 'free'}"
+
+
+def _named(config: Config) -> str:
+    own = named_plugins(config)
+    return ", ".join(f"{kind} {name}" for kind, name in own) if own else "none named"
+
+
+def _trackers(config: Config) -> str:
+    wanted = [*config.logging.trackers, *(["wandb"] if config.logging.wandb_project else [])]
+    for name in wanted:
+        if not plugins.is_own("sink", name) and importlib.util.find_spec(name) is None:
+            raise PluginError(f"tracker {name!r} is not installed.", fix=f'pip install "retrain[{name}]".')
+    if "wandb" in wanted and not _wandb_account():
+        log.warning(
+            "wandb: no account on this machine; run wandb login, set WANDB_API_KEY, or set WANDB_MODE=offline."
+        )
+    return ", ".join(dict.fromkeys(wanted))
+
+
+def _wandb_account() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return True
+    with contextlib.suppress(OSError, RuntimeError):
+        return "machine api.wandb.ai" in Path("~/.netrc").expanduser().read_text(
+            encoding="utf-8", errors="replace"
+        )
+    return False
+
+
+def _weights(config: Config) -> str:
+    name = config.model.model
+    if name == TINY_MODEL:
+        return "the embedded model"
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+        if not files:
+            raise ModelError(
+                f"model {name!r}: the folder holds no weights.", fix="copy its *.safetensors into it."
+            )
+        return f"{folder}, {sum(p.stat().st_size for p in files) / 1e9:.2f} GB"
+    held = [*_cached(config).glob("snapshots/*/*.safetensors")]
+    if held:
+        return f"{name}, {sum(p.stat().st_size for p in held) / 1e9:.2f} GB in the cache"
+    if offline := machine.is_offline():
+        raise ModelError(
+            f"model {name!r} is not in the cache, and {offline} is set.",
+            fix=f"download it once (hf download {name}), or unset {offline}.",
+        )
+    return f"{name}, to be downloaded"
+
+
+def _cached(config: Config) -> Path:
+    return machine.hub_cache() / f"models--{config.model.model.replace('/', '--')}"
+
+
+def _describe(renderer: Any) -> str:
+    ends = ", ".join(renderer.shown(i) for i in renderer.stop_ids) or "nothing"
+    form = (
+        "with a chat template" if renderer.has_template else "without a chat template: prompts are plain text"
+    )
+    return f"{renderer.vocab_size:,} tokens, {form}, ends at {ends}"
+
+
+def _counted(tasks: Sequence[Task]) -> str:
+    if not tasks:
+        return ""
+    sources = list(dict.fromkeys(t.source for t in tasks))
+    counts = [f"{sum(t.source == s for t in tasks):,} of {s}" for s in sources]
+    return ", ".join(counts)
+
+
+def _held_out(config: Config, renderer: Renderer) -> Sequence[Task]:
+    found = build.evaluator(config, renderer)
+    return found.tasks if found else ()
+
+
+def _prompts(checklist: _Checklist, config: Config, renderer: Any, tasks: Sequence[Task]) -> None:
+    context: int | None = renderer.context_length
+
+    def say(_: None) -> str:
+        longest = sorted(tasks, key=lambda t: -sum(len(m.content) for m in t.messages))[:16]
+        tokens = max(len(renderer.encode(t.messages)) for t in longest)
+        room = (
+            f" of {context:,} positions" if context else "; the model does not say how many positions it has"
+        )
+        return f"at most {tokens:,} tokens and {config.training.max_tokens:,} of an answer{room}"
+
+    try:
+        checklist.ask("prompts", lambda: preflight.check_lengths(config, renderer, tasks, context), say)
+    except ValueError as error:  # a chat template that refuses the messages: every rollout would break
+        checklist.add("prompts", "problem", str(error), "change data.system, or use another model.")
+
+
+def _advice(
+    checklist: _Checklist, config: Config, renderer: Any, tasks: Sequence[Task], held_out: Sequence[Task]
+) -> None:
+    def ask() -> list[str]:
+        for line in preflight.advice(config, tasks, held_out, {}):
+            log.warning("%s", line)
+        # With nothing to say about tasks, what is left is about the model's own settings.
+        quiet = set(preflight.advice(config, (), (), {}))
+        return [
+            n
+            for n in preflight.advice(config, (), (), renderer.ignored_generation_settings)
+            if n not in quiet
+        ]
+
+    checklist.ask("settings", ask, " ".join)
+
+
+def _environment(config: Config) -> str:
+    return config.environment.provider or "one question, one answer"
+
+
+def _algorithm(config: Config, renderer: Renderer) -> str:
+    found = credit.build(config, renderer)
+    credit.build_schedule(config)
+    name = found.whole_name or f"{found.advantage_name}, then {found.transform_name}"
+    return f"{name}; uncertainty {found.uncertainty_name}, planning tokens by {found.detector_name}"
+
+
+def _rewards(
+    checklist: _Checklist, config: Config, renderer: Renderer, tasks: Sequence[Task],
+    *, every_task: bool, progress: Callable[[int, int], None] | None,
+) -> None:  # fmt: skip
+    def make() -> Reward:
+        made: Reward = plugins.load("reward", "routed")(config, renderer)
+        try:
+            build._check_bounds(config, getattr(made, "bounds", None))  # pyright: ignore[reportPrivateUsage]
+        except RetrainError:
+            dry.close(made)
+            raise
+        return made
+
+    reward = checklist.ask("reward", make, lambda _: config.reward.type)
+    if reward is None:
+        return
+    loop = EventLoop()
+    try:
+        chosen = list(tasks) if every_task else list(tasks)[:: max(1, len(tasks) // _SAMPLE)][:_SAMPLE]
+        threshold = 0.5 if config.reward.correct_at is None else config.reward.correct_at
+        work = check_references(
+            chosen, reward, config.reward.type, threshold=threshold, by_source=rewards_by_source(config),
+            progress=progress if every_task else None,
+        )  # fmt: skip
+        report = loop.run(work, phase="scoring", deadline_s=_FOREVER)
+        if chosen:
+            _judge(checklist, config, report, every_task=every_task)
+    finally:
+        loop.close()
+        dry.close(reward)
+
+
+def _judge(checklist: _Checklist, config: Config, report: Report, *, every_task: bool) -> None:
+    judged = report.tasks - report.without_reference
+    which = "" if every_task else " of a sample"
+    lines = report.lines()
+    if report.ok:
+        checklist.add("references", "ok", f"{lines[0].rstrip('.')}{which}.")
+    elif len(report.failed) > config.reward.max_error_rate * judged:
+        checklist.add("references", "problem", f"{lines[0].rstrip('.')}{which}.",
+                      "correct the reward: it fails on the data's own answers.")  # fmt: skip
+    else:
+        # A reward of one's own may want a form of answer that nobody can guess.
+        known = {config.reward.type, *rewards_by_source(config).values()} <= {
+            "match",
+            "math",
+            "reasoning_gym",
+        }
+        bad = len(report.refused) > _BAD_SHARE * judged and known
+        fix = (
+            "use a reward that fits the data, or correct the references."
+            if every_task
+            else "retrain doctor CONFIG --tasks tells for how many tasks that is so."
+        )
+        checklist.add("references", "problem" if bad else "warning", f"{lines[0].rstrip('.')}{which}.", fix)
+    for line in lines[1:]:
+        checklist.add("references", "ok" if report.ok else "warning", line)
