@@ -29,6 +29,7 @@ from retrain.protocols import Renderer
 from retrain.renderer import model_path
 from retrain.subject import Subject, is_text
 from retrain.training.build import evaluator, facts, sampling_of
+from retrain.training.own_parts import make_environment
 from retrain.training.rollout import EventLoop, RewardErrors, collect
 from retrain.types import Completion, IntArray, Message, NoiseKey, SharedWeights, Task
 
@@ -76,7 +77,8 @@ def _model(subject: Subject, config: Config, renderer: Renderer) -> Generator[_M
     if "devices" not in config.backend.model_fields_set and not torch.cuda.is_available():
         config = _with(config, "backend", devices="cpu")
     with ExitStack() as stack:
-        backend = plugins.load("backend", config.backend.backend)(config, renderer)
+        # An adapter is in PEFT's format whichever backend trained it, and one of the user's own may hide its weights.
+        backend = plugins.load("backend", "local")(config, renderer)
         stack.callback(backend.close)
         policy = backend.policy
         rows = int(policy.model.get_input_embeddings().weight.shape[0])
@@ -94,7 +96,7 @@ def _model(subject: Subject, config: Config, renderer: Renderer) -> Generator[_M
             )
         if subject.adapter is not None:
             _read_adapter(policy.adapter, subject.adapter, config)
-        engine = plugins.load("engine", config.inference.engine)(config, renderer)
+        engine = plugins.load("engine", "pytorch")(config, renderer)
         stack.callback(engine.close)
         weights = backend.publish()
         engine.load(weights)
@@ -183,7 +185,7 @@ def evaluate(
         events = EventLoop()
         stack.callback(events.close)
         reward = _reward(config, renderer, stack)
-        environment = plugins.load("environment", "single_turn")(config, renderer)
+        environment = make_environment(config, renderer)
         model = stack.enter_context(_model(subject, config, renderer))
         progress(0, len(held_out.tasks), 0.0)
         with _watched(model.engine, progress):
@@ -350,7 +352,7 @@ class Talker:
         config = _fitting(self.config, self._renderer, [task])
         with ExitStack() as stack:
             reward = _reward(config, self._renderer, stack)
-            environment = plugins.load("environment", "single_turn")(config, self._renderer)
+            environment = make_environment(config, self._renderer)
             got = collect(
                 self._events, [task], n, environment, reward, self._engine,
                 sampling_of(config, self._renderer, temperature=config.training.temperature),

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from retrain.errors import PluginError, RetrainError
 
@@ -96,7 +96,10 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "detector": ("config",),
     "reward": ("config", "renderer"),
     "source": ("data", "split"),
+    "environment": ("config", "renderer"),
+    "engine": ("config", "renderer"),
     "loss": ("tokens", "settings"),
+    "backend": ("config", "renderer"),
     "sink": ("config", "run_dir"),
 }
 """What a plug-in of each open kind is called with, by position. An advantage may take keyword arguments as well."""
@@ -105,8 +108,13 @@ METHODS: dict[str, tuple[str, ...]] = {
     "reward": ("score",),
     "sink": ("log", "close"),
     "detector": ("__call__",),
+    "environment": ("attempt",),
+    "engine": ("load", "generate", "close"),
+    "backend": ("capabilities", "facts", "publish", "train_step", "save", "restore", "close"),
 }
-"""What an object must have that a plug-in of a kind makes."""
+"""What an object must have that a plug-in of a kind makes: methods, and what ``_PROPERTIES`` names."""
+
+_PROPERTIES = ("capabilities",)
 
 _EXTRAS = {"torch": "local", "transformers": "local", "peft": "local", "sentence_transformers": "semantic"}
 
@@ -178,14 +186,20 @@ def make(kind: str, name: str, *arguments: Any, **keywords: Any) -> Any:
         if is_own(kind, name)
         else factory(*arguments, **keywords)
     )
-    missing = [m for m in METHODS.get(kind, ()) if not callable(getattr(made, m, None))]
+    missing = [m for m in METHODS.get(kind, ()) if not _has(made, m)]
     if missing:
-        what = "not something to call" if missing == ["__call__"] else f"which has no method {missing[0]}"
+        sort = "property" if missing[0] in _PROPERTIES else "method"
+        what = "not something to call" if missing == ["__call__"] else f"which has no {sort} {missing[0]}"
         raise PluginError(
             f"{kind} {name!r} made a {type(made).__name__}, {what}.",
             fix=f"name a class or function that takes ({', '.join(SIGNATURES[kind])}) and returns a {kind}.",
         )
     return made
+
+
+def _has(made: Any, name: str) -> bool:
+    # Looked up in the class, so that asking for a property does not compute it.
+    return hasattr(cast("object", type(made)), name) if name in _PROPERTIES else callable(getattr(made, name, None))
 
 
 def is_own(kind: str, name: str) -> bool:

@@ -282,6 +282,77 @@ def loss(tokens, settings):
 
 def sink(config, run_dir):
     return object()
+
+class Ends:
+    def __init__(self, how):
+        self.how = how
+    async def attempt(self, task, n, engine, sampling):
+        if self.how == "raises":
+            raise LookupError("lost it")
+        rollouts = await self.real.attempt(task, n, engine, sampling)
+        return {"none": None, "short": rollouts[1:], "turned": rollouts[::-1]}[self.how]
+
+def environments(how):
+    def make(config, renderer):
+        from retrain.environments.single_turn import SingleTurn
+        made = Ends(how)
+        made.real = SingleTurn(renderer)
+        return made
+    return make
+
+env_raises, env_none, env_short, env_turned = map(environments, ("raises", "none", "short", "turned"))
+
+def engine_of(change):
+    def make(config, renderer):
+        from retrain.engines import torch_engine
+        made = torch_engine.build(config, renderer)
+        generate = made.generate
+        async def other(prompt_ids, n, sampling):
+            return change(await generate(prompt_ids, n, sampling))
+        made.generate = other
+        return made
+    return make
+
+engine_none = engine_of(lambda completions: None)
+engine_long = engine_of(lambda completions: [longer(c) for c in completions])
+engine_raises = engine_of(lambda completions: completions[99])
+
+def longer(c):
+    from dataclasses import replace
+    ids = np.tile(c.token_ids_T, 99)
+    return replace(c, token_ids_T=ids, logprobs_T=np.zeros(len(ids), np.float32), entropies_T=None)
+
+def engine_half(config, renderer):
+    class Half:
+        def load(self, weights): ...
+        def close(self): ...
+    return Half()
+
+def backend_of(**changes):
+    def make(config, renderer):
+        from retrain.backends import local
+        made = local.build(config, renderer)
+        for name, change in changes.items():
+            setattr(made, name, change)
+        return made
+    return make
+
+def refuse(*arguments):
+    raise MemoryError("too small")
+
+backend_raises = backend_of(train_step=refuse)
+backend_none = backend_of(train_step=lambda batch, optim: None)
+backend_unpublished = backend_of(publish=lambda: 3)
+
+def backend_coarse(config, renderer):
+    from retrain.backends.local import LocalBackend
+    from retrain.backends import local
+    from retrain.types import Capabilities
+    class Coarse(LocalBackend):
+        capabilities = Capabilities(loop=False, token_advantages=True, resume=True, reports_loss=True)
+    made = local.build(config, renderer)
+    made.__class__ = Coarse
+    return made
 """,
 }
 
@@ -321,6 +392,9 @@ KINDS = {
     "detector": "planning.detector",
     "reward": "reward.type",
     "source": "data.source",
+    "environment": "environment.provider",
+    "engine": "inference.engine",
+    "backend": "backend.backend",
     "loss": "loss.kind",
     "sink": "logging.trackers",
 }
@@ -374,6 +448,9 @@ def test_what_cannot_be_loaded_is_one_line_before_a_model_loads(
         ("detector", "my_nonsense.transform", "(config)"),
         ("reward", "my_nonsense.transform", "(config, renderer)"),
         ("source", "my_nonsense.transform", "(data, split)"),
+        ("environment", "my_nonsense.transform", "(config, renderer)"),
+        ("engine", "my_nonsense.transform", "(config, renderer)"),
+        ("backend", "my_nonsense.transform", "(config, renderer)"),
         ("loss", "my_nonsense.transform", "(tokens, settings)"),
         ("sink", "my_nonsense.transform", "(config, run_dir)"),
         ("advantage", "my_nonsense.Numbers", "(rewards_G)"),
@@ -423,6 +500,20 @@ def test_a_wrong_signature_is_one_line_before_a_model_loads(
         ("source", "source", 2, "source 'my_nonsense.source' did not return a list of Task."),
         ("loss", "loss", 2, "loss 'my_nonsense.loss' returned float, not two tensors."),
         ("sink", "sink", 2, "sink 'my_nonsense.sink' made a object, which has no method log."),
+        ("environment", "sink", 2, "environment 'my_nonsense.sink' made a object, which has no method attempt."),
+        ("environment", "env_raises", 1, "environment 'my_nonsense.env_raises' raised LookupError: lost it (my_nonsense"),
+        ("environment", "env_none", 1, "environment 'my_nonsense.env_none' returned a NoneType, not 4 of type Rollout."),
+        ("environment", "env_short", 1, "environment 'my_nonsense.env_short' returned 3 values, not 4 of type Rollout."),
+        ("environment", "env_turned", 1, "returned member 3 of 'arithmetic/train/"),
+        ("engine", "engine_half", 2, "engine 'my_nonsense.engine_half' made a Half, which has no method generate."),
+        ("engine", "engine_none", 1, "engine 'my_nonsense.engine_none' returned a NoneType, not 4 of type Completion."),
+        ("engine", "engine_long", 1, "tokens where at most 16 were asked for."),
+        ("engine", "engine_raises", 1, "engine 'my_nonsense.engine_raises' raised IndexError: list index out of range"),
+        ("backend", "sink", 2, "backend 'my_nonsense.sink' made a object, which has no property capabilities."),
+        ("backend", "backend_raises", 1, "backend 'my_nonsense.backend_raises' raised MemoryError: too small (my_nonsense"),
+        ("backend", "backend_none", 1, "backend 'my_nonsense.backend_none': its train_step returned a NoneType."),
+        ("backend", "backend_unpublished", 1, "its publish returned a int."),
+        ("backend", "backend_coarse", 2, "says that it does not take part in this training loop."),
     ],
 )
 def test_nonsense_is_named(

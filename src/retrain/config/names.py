@@ -51,7 +51,20 @@ CHECKS = (
 )
 """Constraints that a part of a composite reward may be, besides rewards."""
 
-OPEN = ("advantage", "transform", "algorithm", "uncertainty", "detector", "reward", "source", "loss", "sink")
+OPEN = (
+    "advantage",
+    "transform",
+    "algorithm",
+    "uncertainty",
+    "detector",
+    "reward",
+    "source",
+    "environment",
+    "engine",
+    "loss",
+    "backend",
+    "sink",
+)
 """Kinds that also take the dotted path of a plug-in."""
 
 ALIASES: dict[str, dict[str, str]] = {

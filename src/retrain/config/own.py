@@ -17,7 +17,10 @@ SETTINGS: tuple[tuple[str, str], ...] = (
     ("reward", "reward.type"),
     ("source", "data.source"),
     ("source", "eval.source"),
+    ("environment", "environment.provider"),
+    ("engine", "inference.engine"),
     ("loss", "loss.kind"),
+    ("backend", "backend.backend"),
 )
 """Kinds of plug-ins, and the settings that name one."""
 

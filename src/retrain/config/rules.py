@@ -179,7 +179,7 @@ def _combinations(config: Config) -> Iterator[Problem]:
 
 def _engine(config: Config) -> Iterator[Problem]:
     inference = config.inference
-    if config.algorithm.uncertainty_kind == "shannon_entropy" and inference.engine != "pytorch":
+    if config.algorithm.uncertainty_kind == "shannon_entropy" and inference.engine in names.LATER["engine"]:
         yield Problem(
             ("algorithm", "uncertainty_kind"),
             'algorithm.uncertainty_kind = "shannon_entropy" needs the whole distribution of every token, '

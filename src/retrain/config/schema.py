@@ -54,7 +54,7 @@ class Section(BaseModel):
 class Backend(Section):
     """Who learns, and where."""
 
-    backend: Name = Field(default="local", description="The learner: local is PyTorch with PEFT.")
+    backend: Name = Field(default="local", description="The learner: local is PyTorch with PEFT; or your own.")
     devices: Name = Field(default="gpu:0", description="Where to compute: gpu:N or cpu.")
     adapter_path: str = Field(
         default="", description="Folder of the final adapter; empty: <log_dir>/adapter."
@@ -237,7 +237,9 @@ class Sepa(Section):
 class Planning(Section):
     """Which tokens count as planning."""
 
-    detector: Name = Field(default="regex", description="Finds planning tokens: regex looks for phrases.")
+    detector: Name = Field(
+        default="regex", description="Finds planning tokens: regex by phrases, semantic by meaning; or your own."
+    )
     model: Name = Field(
         default="all-MiniLM-L6-v2", description="Embedding model of the semantic detector: a name or a folder."
     )
@@ -247,7 +249,7 @@ class Planning(Section):
 class Inference(Section):
     """Who samples, and how."""
 
-    engine: Name = Field(default="pytorch", description="The sampler: pytorch runs inside the process.")
+    engine: Name = Field(default="pytorch", description="The sampler: pytorch runs inside the process; or your own.")
     url: str = Field(default="", description="Server URL of engines other than pytorch.")
     attention_kernel: Literal["default", "flash", "triton", "tk", "cutlass"] = Field(
         default="default", description="Attention: PyTorch picks the kernel; flash refuses a device without FlashAttention."
@@ -301,7 +303,7 @@ class Environment(Section):
     """Multi-turn environments."""
 
     provider: str = Field(
-        default="", description="Provider of environments; empty: one question, one answer."
+        default="", description="Your own environment; empty: one question, one answer."
     )
     id: str = Field(default="", description="The environment's id at its provider.")
     args: TableOrJson = Field(default_factory=dict, description="Arguments of the environment.")

@@ -17,6 +17,7 @@ from typing import Any
 from retrain import __version__, plugins
 from retrain.adapter_settings import check_start_adapter
 from retrain.algorithms import credit
+from retrain.config import names
 from retrain.config.own import named_plugins
 from retrain.config.schema import Config
 from retrain.config.tables import suites, training_rewards
@@ -30,6 +31,7 @@ from retrain.tracking.run_log import RunLog
 from retrain.training.checkpoint import Checkpoints
 from retrain.training.evaluate import Evaluator, Suites
 from retrain.training.loop import Parts
+from retrain.training.own_parts import make_backend, make_engine, make_environment
 from retrain.training.rollout import EventLoop
 from retrain.types import NoiseKey, Sampling, Task
 
@@ -107,7 +109,8 @@ def sampling_of(config: Config, renderer: Renderer, *, temperature: float) -> Sa
         stop_ids=tuple(renderer.stop_ids),
         stop=tuple(training.stop),
         want_entropy=config.algorithm.uncertainty_kind == "shannon_entropy"
-        or config.inference.engine == "pytorch",
+        # Asked of one's own engine too, which leaves out what it does not know.
+        or config.inference.engine not in names.LATER["engine"],
         noise=NoiseKey(0, 0, 0),
     )
 
@@ -193,12 +196,12 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
         reward = plugins.load("reward", "routed")(config, renderer)
         _close_with(stack, reward)
         _check_bounds(config, getattr(reward, "bounds", None))
-        environment = plugins.load("environment", "single_turn")(config, renderer)
+        environment = make_environment(config, renderer)
         algorithm = credit.build(config, renderer)
         schedule = credit.build_schedule(config)
-        backend = plugins.load("backend", config.backend.backend)(config, renderer)
+        backend = make_backend(config, renderer)
         stack.callback(backend.close)
-        engine = plugins.load("engine", config.inference.engine)(config, renderer)
+        engine = make_engine(config, renderer)
         stack.callback(engine.close)
         if clear:
             # Only now, when everything could be made: a mistake must not cost the run that stands here.
