@@ -119,7 +119,7 @@ def compared(
     return StepComparison(
         step=step,
         tokens=len(a),
-        sign_changed=float(np.mean(np.sign(a) != np.sign(b))) if len(a) else None,
+        sign_changed=int(np.count_nonzero(np.sign(a) != np.sign(b))) / len(a) if len(a) else None,
         pearson=correlation(a, b),
         spearman=correlation(ranks(a), ranks(b)) if len(a) else None,
         own_planning=_mean(a[planning]),
