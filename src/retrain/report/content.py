@@ -137,10 +137,8 @@ def _lora(data: RunData) -> str:
 def _source(data: RunData) -> str:
     mixture = data.setting("data.mixture")
     if isinstance(mixture, list) and mixture:
-        tables = cast("list[Any]", mixture)
-        return "mixture of " + ", ".join(
-            str(t.get("name") or t.get("source", "?")) for t in tables if isinstance(t, Mapping)
-        )
+        tables = cast("list[dict[str, Any]]", mixture)
+        return "mixture of " + ", ".join(str(t.get("name") or t.get("source", "?")) for t in tables)
     return str(data.setting("data.source") or "n/a")
 
 
@@ -152,7 +150,9 @@ def alarm_lines(data: RunData) -> list[AlarmLine]:
     for name in dict.fromkeys(alarm.vital for alarm in data.alarms):
         own = [alarm for alarm in data.alarms if alarm.vital == name]
         newest = own[-1]
-        when = f"step {newest.step:,}" if len(own) == 1 else f"{len(own)} times, first at step {own[0].step:,}, last at {newest.step:,}"
+        when = f"step {newest.step:,}"
+        if len(own) > 1:
+            when = f"{len(own)} times, first at step {own[0].step:,}, last at {newest.step:,}"
         made.append(AlarmLine(titles.get(name, name), newest.message, when, newest.advice, name in ill))
     return sorted(made, key=lambda line: not line.now)
 
@@ -174,10 +174,12 @@ def evaluations(data: RunData) -> Table | None:
             if f"{suite}/accuracy" not in row:
                 continue
             found = data.accuracy(row, suite)
+            accuracy = "n/a" if found is None else f"{found[0]:.1%}"
+            interval = "n/a" if found is None else f"{found[1]:.1%} to {found[2]:.1%}"
             tasks, samples = row.get(f"{suite}/tasks"), row.get(f"{suite}/samples")
             rows.append((
-                f"{row['step']:,}", suite_name(data, suite), "n/a" if found is None else f"{found[0]:.1%}",
-                "n/a" if found is None else f"{found[1]:.1%} to {found[2]:.1%}", *(_share(row.get(f"{suite}/{k}")) for k in extra),
+                f"{row['step']:,}", suite_name(data, suite), accuracy, interval,
+                *(_share(row.get(f"{suite}/{k}")) for k in extra),
                 _plain(row.get(f"{suite}/mean_reward")), _plain(row.get(f"{suite}/mean_length")),
                 _share(row.get(f"{suite}/max_token_hit_rate")), f"{tasks} x {samples}", str(row.get(f"{suite}/errors", "n/a")),
             ))  # fmt: skip

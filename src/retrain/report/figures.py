@@ -12,6 +12,7 @@ import numpy as np
 
 from retrain.report.gather import RunData
 from retrain.report.thinning import Series, bucket_means, envelope, every_nth, trailing_mean, window_of
+from retrain.tracking.vitals import BY_NAME
 
 # plotly carries no types.
 _go: Any = importlib.import_module("plotly.graph_objects")
@@ -154,8 +155,7 @@ def _text(data: RunData) -> list[Plot]:
 
 
 def _policy(data: RunData) -> list[Plot]:
-    gaps = [c for c in (data.curve("ratio_min"), data.curve("ratio_max")) if c is not None]
-    gap = np.fmax.reduce([np.abs(c - 1) for c in gaps]) if gaps else None
+    gap = data.vital_curve("ratio_gap")
     moved, approx = data.curve("moved_kl"), data.curve("approx_kl")
     if moved is not None and approx is not None and np.array_equal(moved, approx, equal_nan=True):
         moved = None  # one update per batch: nothing moved in between
@@ -172,7 +172,7 @@ def _policy(data: RunData) -> list[Plot]:
         *_curve(
             data, "mismatch", "Sampler against learner", "policy",
             [
-                _line("largest |ratio - 1|", gap), _line("KL, sampler to learner", approx),
+                _line(BY_NAME["ratio_gap"].title, gap), _line("KL, sampler to learner", approx),
                 _line("KL moved by the batch", moved), _line("KL to the base model", data.curve("kl_base")),
             ],
             log=True, vitals=("ratio_gap", "approx_kl", "moved_kl"),
@@ -299,12 +299,14 @@ def _curve(
         values = np.where(line.values > 0, line.values, np.nan) if log else line.values
         if raw or not smooth:
             x, y = envelope(steps, values, POINTS)
+            # Of thinned points only some steps could be pointed at.
+            blind = smooth and (len(x) < len(steps) or len(known) > 1)
             figure.add_trace(
                 _go.Scatter(
                     x=x, y=_rounded(y), name=f"{line.label}, each step" if smooth else line.label,
                     mode="lines" if len(x) > 1 else "markers", legendgroup=line.label, showlegend=not smooth and len(known) > 1,
                     line={"color": colour, "width": 1 if smooth else 1.8}, opacity=0.35 if smooth else 1,
-                    hoverinfo="skip" if smooth else None, hovertemplate=None if smooth else f"%{{y{form}}}",
+                    hoverinfo="skip" if blind else None, hovertemplate=None if blind else f"%{{y{form}}}",
                 )
             )  # fmt: skip
         if smooth:
@@ -355,13 +357,14 @@ def _mark(figure: Any, data: RunData, vitals: Sequence[str]) -> None:
 def _empty(*, share: bool = False, log: bool = False, unit: str = "") -> Any:
     figure = _go.Figure()
     figure.update_layout(
-        template="none", height=260, margin={"l": 52, "r": 12, "t": 8, "b": 36}, hovermode="x unified",
+        template="none", height=260, margin={"l": 52, "r": 12, "t": 8, "b": 44}, hovermode="x unified",
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"size": 12},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "xanchor": "left"},
-        xaxis={"title": {"text": "step", "standoff": 6}, "zeroline": False, "tickformat": "d", "minallowed": None},
+        xaxis={"title": {"text": "step", "standoff": 8}, "zeroline": False, "tickformat": "d"},
         yaxis={
             "zeroline": False, "automargin": True, "type": "log" if log else "linear",
-            "tickformat": ".0%" if share else ".1e" if log else None,
+            "tickformat": ".0%" if share else ".0e" if log else None,
+            "autorangeoptions": {"minallowed": 0, "maxallowed": 1} if share else None,
             "title": {"text": unit, "standoff": 6} if unit else None,
         },
     )  # fmt: skip

@@ -32,9 +32,11 @@ _KEYS = 500
 
 @dataclass(frozen=True, slots=True)
 class VitalLine:
-    """One core metric over the whole run: its newest value, its median and extremes; None where never known."""
+    """One core metric over the whole run: its values of shape (S,), its newest one, median and extremes; None where it
+    was never known."""
 
     vital: Vital
+    values_S: Series
     last: float | None
     median: float | None
     low: float | None
@@ -116,6 +118,11 @@ class RunData:
         """A metric of shape (S,), None when the run never reported it."""
         found = self.columns.get(name)
         return None if found is None or bool(np.isnan(found).all()) else found
+
+    def vital_curve(self, name: str) -> Series | None:
+        """A core metric of shape (S,), None when the run never said enough to know it."""
+        found = next((line for line in self.vitals if line.vital.name == name), None)
+        return None if found is None or found.last is None else found.values_S
 
     def accuracy(self, row: Mapping[str, Any], suite: str = "eval") -> tuple[float, float, float] | None:
         """Accuracy of an evaluation with its 95 % interval, None where it says nothing of it."""
@@ -203,12 +210,12 @@ class _Columns:
 
 
 def _line(vital: Vital, values: array[float], ill: bool) -> VitalLine:
-    known = np.frombuffer(values, dtype=np.float64) if values else np.zeros(0)
-    known = known[~np.isnan(known)]
+    values_S = np.frombuffer(values, dtype=np.float64) if values else np.zeros(0)
+    known = values_S[~np.isnan(values_S)]
     if not len(known):
-        return VitalLine(vital, None, None, None, None, ill)
+        return VitalLine(vital, values_S, None, None, None, None, ill)
     middle, low, high = float(np.median(known)), float(known.min()), float(known.max())
-    return VitalLine(vital, float(known[-1]), middle, low, high, ill)
+    return VitalLine(vital, values_S, float(known[-1]), middle, low, high, ill)
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from retrain.report.figures import Plot
 from retrain.report.gather import RunData
 from retrain.report.rollouts import Shown, elements
 from retrain.report.visible import visible
+from retrain.tracking import layout
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets" / "report"
 _LONG = 28
@@ -124,7 +125,8 @@ def _headline(data: RunData) -> str:
             style.append(f"state-{data.state}")
         note = f'<dd class="by">{_text(fact.note)}</dd>' if fact.note else ""
         name = f' class="{" ".join(style)}"' if style else ""
-        cells.append(f"<div><dt>{_text(fact.label)}</dt><dd{name}>{_text(fact.value)}</dd>{note}</div>")
+        wide = " class=wide" if fact.label == "Where" else ""
+        cells.append(f"<div{wide}><dt>{_text(fact.label)}</dt><dd{name}>{_text(fact.value)}</dd>{note}</div>")
     return f'<dl class="facts">{"".join(cells)}</dl>'
 
 
@@ -143,7 +145,8 @@ def _alarms(data: RunData) -> str:
 
 def _figures(plots: Sequence[Plot]) -> str:
     made = [
-        f'<figure aria-labelledby="title-{p.name}" aria-describedby="caption-{p.name}"><h3 id="title-{p.name}">{_text(p.title)}</h3>'
+        f'<figure aria-labelledby="title-{p.name}" aria-describedby="caption-{p.name}">'
+        f'<h3 id="title-{p.name}">{_text(p.title)}</h3>'
         f'<div class="plot" id="plot-{p.name}" data-figure="figure-{p.name}"></div>'
         f'<figcaption id="caption-{p.name}">{_text(p.caption)}</figcaption></figure>'
         for p in plots
@@ -194,9 +197,9 @@ def _rollouts(data: RunData, shown: Shown) -> str:
     note = f"All {shown.total:,} rollouts that the run stored as text (the first few of every step)."
     if left:
         note = (
-            f"{len(shown.rows):,} of {shown.total:,} stored rollouts, from {shown.steps:,} of {shown.steps_total:,} steps: the first, "
-            f"the last, steps with alarms, and an even sample of the others. {left:,} are left out to keep this file small; all are in "
-            f"{data.record.path / 'emergence' / 'generations.jsonl'}."
+            f"{len(shown.rows):,} of {shown.total:,} stored rollouts, from {shown.steps:,} of {shown.steps_total:,} steps: "
+            f"the first, the last, steps with alarms, and an even sample of the others. {left:,} are left out to keep this "
+            f"file small; all are in {data.record.path / layout.GENERATIONS}."
         )
     return f"""<p class="note">{_text(note)} <kbd>n</kbd> and <kbd>p</kbd> go to the next and the previous one,
 <kbd>/</kbd> searches, arrow keys walk through the list and through tokens.</p>

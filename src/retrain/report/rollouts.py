@@ -13,7 +13,7 @@ from typing import Any, cast
 _STEP = re.compile(rb'\{"step": (\d+)[,}]')
 _TOKENS = 4000
 """Tokens of one rollout whose numbers are shown; of a longer one the first three quarters and the last quarter."""
-_SNIPPET = 90
+_SNIPPET = 40
 
 
 @dataclass(slots=True)

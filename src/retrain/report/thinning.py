@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -78,7 +79,7 @@ def spark(y_S: Series, width: int = 24) -> str:
 
 def _buckets(length: int, count: int) -> list[tuple[int, int]]:
     edges = np.linspace(0, length, max(count, 1) + 1).astype(int)
-    return [(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+    return [(int(a), int(b)) for a, b in pairwise(edges) if b > a]
 
 
 def _mean(values: Series) -> float:
