@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -190,35 +191,42 @@ def measure(found: list[Point], devices: str, rounds: int, say: Callable[[str], 
                     say(f"vocabulary {vocabulary}: round {turn} of {rounds}")
 
 
-def resident() -> int:
-    """Resident bytes of this process now."""
-    with open("/proc/self/statm", encoding="ascii") as file:
+def resident(pid: int) -> int:
+    """Resident bytes of a process now."""
+    with open(f"/proc/{pid}/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def memory(steps: int, devices: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Resident memory after each step of the embedded model's loop, with lengths that vary, and its slope by least
-    squares over the second half (the first one fills caches), with a 95 % interval from the residuals."""
-    from retrain.bench import Settings
-    from retrain.bench import measure as bench
-    from retrain.config.load import load
-
+    """Resident memory after each step of a real run of the embedded model in its own process (this one's records would
+    grow with it), and its slope by least squares over the second half (the first one fills caches), with a 95 % interval
+    from the residuals."""
     settings = {
-        "model": {"model": "retrain/tiny", "lora_rank": 16},
-        "backend": {"devices": devices},
-        "training": {"batch_size": 4, "group_size": 8, "max_tokens": 48, "seed": 1, "temperature": 1.0},
-        "data": {"source": "arithmetic"},
-        "reward": {"type": "match"},
-    }
+        "model.model": "retrain/tiny", "lora_rank": 16, "devices": devices, "batch_size": 4, "group_size": 8, "max_tokens": 48,
+        "seed": 1, "temperature": 1.0, "data.source": "arithmetic", "max_steps": steps, "save_every": 20,
+    }  # fmt: skip
     seen: list[int] = []
-
-    def note(done: int, total: int) -> None:
-        seen.append(resident())
-        if done % 50 == 0:
-            say(f"memory: {done} of {total} steps")
-
-    # Prompts of 32 leave the lengths of the trace to decide what is allocated.
-    bench(load(settings), Settings(steps=steps, prompt_tokens=32), progress=note)
+    with tempfile.TemporaryDirectory(prefix="retrain-memory-") as folder:
+        config = Path(folder) / "empty.toml"
+        config.write_text('[reward]\ntype = "match"\n', encoding="utf-8")
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+        run = Path(folder) / "run"
+        command = [sys.executable, "-m", "retrain", str(config), *flags, f"--log-dir={run}", "--plain"]
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
+        try:
+            while child.poll() is None and len(seen) < steps:
+                done = (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
+                if done > len(seen):
+                    # Steps that went by between two looks share one.
+                    seen += [resident(child.pid)] * (done - len(seen))
+                    if done % 50 == 0:
+                        say(f"memory: {done} of {steps} steps")
+                time.sleep(0.02)
+            child.wait(timeout=120)
+        finally:
+            child.kill()
+    if len(seen) < steps:
+        raise SystemExit(f"the run of the memory measurement ended after {len(seen)} of {steps} steps.")
     late = np.array(seen[len(seen) // 2 :], dtype=np.float64)
     at = np.arange(len(late)) - (len(late) - 1) / 2
     slope = float(at @ late / (at @ at))
@@ -279,6 +287,7 @@ def main() -> None:
     parser.add_argument("--devices", default="cpu", help="backend.devices")
     parser.add_argument("--rounds", type=int, default=3, help="times that each point is measured")
     parser.add_argument("--steps", type=int, default=200, help="steps of the memory measurement; 0: none")
+    parser.add_argument("--only-memory", action="store_true", help="measure the memory anew, keep the stored points")
     parser.add_argument("--quick", action="store_true", help="a few points, to see that it works")
     chosen = parser.parse_args()
     import torch
@@ -288,8 +297,11 @@ def main() -> None:
 
     found = points(chosen.quick)
     began = time.time()
-    # First, while nothing else has grown the process.
     held = memory(chosen.steps, chosen.devices, say) if chosen.steps else None
+    if chosen.only_memory:
+        record = json.loads(chosen.out.with_suffix(".json").read_text(encoding="utf-8")) | {"memory": held}
+        _write(record, chosen.out)
+        return
     measure(found, chosen.devices, chosen.rounds, say)
     record = {
         "layout": LAYOUT,
@@ -301,10 +313,14 @@ def main() -> None:
         "points": [p.record() for p in found],
         "memory": held,
     }  # fmt: skip
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    plot(record, chosen.out.with_suffix(".svg"))
+    _write(record, chosen.out)
     say(f"wrote {chosen.out}.json and .svg in {record['seconds']:.0f} s")
+
+
+def _write(record: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    plot(record, out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
