@@ -13,6 +13,7 @@ from retrain.algorithms import credit
 from retrain.environments.single_turn import build as single_turn
 from retrain.errors import EngineError, LearnerError, RewardError, RunError
 from retrain.fakes import FakeBackend, FakeEngine, FakeRenderer, FakeReward, FakeSink, FakeTasks
+from retrain.tracking import rollouts
 from retrain.tracking.rollouts import RolloutStore
 from retrain.tracking.run_log import RunLog
 from retrain.training.build import sampling_of
@@ -146,9 +147,9 @@ def test_every_task_is_accounted_for(config, make_parts):
         json.loads(line) for line in (run / "emergence/generations.jsonl").read_text().splitlines()
     ]
     assert len(generations) == 30 * 4
-    stored = np.load(run / "rollouts/step_000003.npz", allow_pickle=False)
-    assert len(stored["rewards"]) == 64
-    assert stored["offsets"][-1] == len(stored["token_ids"])
+    stored = rollouts.read(run, 3)
+    assert [len(g.rollouts_G) for g in stored.groups_P] == [16] * 4
+    assert [g.task.draw for g in stored.groups_P] == [12, 13, 14, 15]
 
 
 def test_checkpoints_keep_the_newest_and_name_completed_steps(config, make_parts):

@@ -221,9 +221,10 @@ def _difference(record: Mapping[str, Any]) -> list[str]:
             lines.append(f"  {what:<28} A  {_fact(fact['a'])}")
             lines.append(f"  {'':<28} B  {_fact(fact['b'])}")
         lines += _results(record["results"])
-    for side, members in zip(("A", "B"), record["runs"] or (), strict=False):
+    folders = cast("list[dict[str, Any]]", record["runs"] or [])
+    for side, members in zip("AB", folders, strict=False):
         lines += ["", f"Runs of {side}"]
-        rows = [("run", "condition", "seed", "state", "steps", "accuracy")]
+        rows: list[tuple[str, ...]] = [("run", "condition", "seed", "state", "steps", "accuracy")]
         rows += [
             (m["run"], str(m["condition"]), _n(m["seed"]), m["state"], str(m["steps"]), _share(m["accuracy"]))
             for m in members["runs"]
@@ -272,7 +273,7 @@ def _results(results: Mapping[str, Any]) -> list[str]:
                 f"95 % interval {100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}"
             )
     if results["curves"]:
-        table = [("step", "reward A", "B", "correct A", "B")]
+        table: list[tuple[str, ...]] = [("step", "reward A", "B", "correct A", "B")]
         for row in results["curves"]:
             rewards = (_n(row["mean_reward"][side], 3) for side in "ab")
             table.append((str(row["step"]), *rewards, *(_share(row["correct_rate"][side]) for side in "ab")))

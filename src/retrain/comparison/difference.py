@@ -169,8 +169,9 @@ def _values(configs: Iterable[Config], key: str) -> list[Any]:
     """The different values of a setting, in the order of their text."""
     found: dict[str, Any] = {}
     for config in configs:
-        value = get(config, key)
-        found[repr(value)] = list(cast("Sequence[Any]", value)) if isinstance(value, tuple) else value
+        value = cast("object", get(config, key))
+        text = repr(value)
+        found[text] = list(cast("Sequence[Any]", value)) if isinstance(value, tuple) else value
     return [found[text] for text in sorted(found)]
 
 

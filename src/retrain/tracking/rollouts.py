@@ -293,7 +293,8 @@ def read(run: Path, step: int, *, decode: Decode | None = None) -> StoredStep:
     """
     path = run / layout.rollout_file(step)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: numpy leaves a file open that turns out to be none of its own.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: cast("npt.NDArray[Any]", archive[name]) for name in archive.files}
     except FileNotFoundError as error:
         raise UsageError(f"{run} holds no rollouts of step {step}.", fix=_what_there_is(run)) from error
