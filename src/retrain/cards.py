@@ -1,5 +1,5 @@
-"""Cards and models in numbers, known without torch: a table of real cards, and a model's config.json from its folder, from
-the local cache, or from a table of well-known ones.
+"""Devices and models in numbers, known without torch: the device that is here, a table of real cards, and a model's
+config.json from its folder, from the local cache, or from a table of well-known ones.
 
 Cards: memory in GB as sold, dense tensor peaks of bf16 products with float32 sums and peaks of plain float32 in TFLOP/s
 (no sparsity), memory traffic in GB/s, all from NVIDIA's data sheets and architecture papers: GA102 (RTX 3090, A10, RTX
@@ -14,16 +14,23 @@ import contextlib
 import json
 import os
 import re
+import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
+
+import numpy as np
 
 from retrain.errors import ModelError, UsageError
-from retrain.renderer import model_path
 
+_MIB = 2**20
+_MATMUL = 512
+"""Rows and columns of the product that measures a CPU."""
+_TINY = "retrain/tiny"
 USABLE = 0.985
 """Share of a card's memory as sold, taken as GiB, that a program is shown: the rest holds error correction and tables."""
 
@@ -100,6 +107,100 @@ def of_driver(name: str, memory_bytes: int) -> CardSpec | None:
     return fitting[0] if fitting else None
 
 
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device in numbers: ``bytes`` of memory, ``flops`` of its best product per format in operations a second,
+    ``bandwidth`` in bytes a second (0: unknown, then there is no estimate of time). ``note`` says where they are from."""
+
+    name: str
+    kind: Literal["cpu", "cuda"]
+    bytes: int
+    flops_bf16: float
+    flops_fp32: float
+    bandwidth: float
+    here: bool
+    note: str = ""
+    swap: int = 0
+
+
+def card(name: str) -> Device:
+    """A card of the table; UsageError for another name."""
+    spec = find(name)
+    return Device(
+        spec.name, "cuda", spec.bytes, spec.bf16 * 1e12, spec.fp32 * 1e12, spec.bandwidth * 1e9, False, "data sheet"
+    )  # fmt: skip
+
+
+def present(devices: str, *, speed: bool = True) -> Device:
+    """The device that ``backend.devices`` comes to on this machine, without torch: a missing GPU is the CPU, as in a run.
+    ``speed`` also measures the CPU's products, in about 10 ms."""
+    if devices != "cpu" and (found := _cuda(int(devices.partition(":")[2] or 0))) is not None:
+        return found
+    note = "" if devices == "cpu" else f"no CUDA device here: {devices} falls back to the CPU"
+    return Device(
+        "CPU", "cpu", _host_bytes(), 0.0, _cpu_flops() if speed else 0.0, 10e9 if speed else 0.0, True, note, _swap_bytes()
+    )  # fmt: skip
+
+
+def _cuda(index: int) -> Device | None:
+    """What the driver says of the GPU that the program would see as number ``index``."""
+    if not Path("/proc/driver/nvidia").exists() and os.name == "posix":
+        return None
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,uuid", "--format=csv,noheader,nounits"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [[cell.strip() for cell in line.split(",")] for line in out.splitlines() if line.count(",") >= 2]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        named = [v.strip() for v in visible.split(",") if v.strip()]
+        rows = [r for v in named for i, r in enumerate(rows) if v == str(i) or r[2].startswith(v)]
+    if index >= len(rows) or not rows[index][1].isdecimal():
+        return None
+    name, size = rows[index][0], int(rows[index][1]) * _MIB
+    spec = of_driver(name, size)
+    if spec is None:
+        return Device(
+            name, "cuda", size, 0.0, 0.0, 0.0, True, "not in the table of cards: its speed is unknown"
+        )
+    return Device(
+        name, "cuda", size, spec.bf16 * 1e12, spec.fp32 * 1e12, spec.bandwidth * 1e9, True, "data sheet"
+    )
+
+
+def _host_bytes() -> int:
+    """Memory that this process may have: the machine's, or less where a control group says so."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdecimal():
+            total = min(total, int(text))
+    return total
+
+
+def _swap_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("SwapTotal"))
+
+
+def _cpu_flops() -> float:
+    """Operations a second of a float32 product with the threads that numpy has: the best of a few."""
+    x = np.ones((_MATMUL, _MATMUL), np.float32)
+    out, best = np.empty_like(x), float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        np.matmul(x, x, out=out)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * _MATMUL**3 / best
+
+
 def _model(
     hidden: int, layers: int, heads: int, kv: int, head_dim: int, width: int, vocab: int, tied: bool, context: int,
     **more: Any,
@@ -168,14 +269,15 @@ def look_up(name: str, revision: str = "", beside: Path | None = None) -> ModelF
 
 
 def _folder(name: str, beside: Path | None) -> Path | None:
-    try:
-        for path in (beside / Path(name).expanduser(),) if beside and name != "retrain/tiny" else ():
+    if name == _TINY:
+        return Path(__file__).parent / "assets" / "tiny"
+    # What cannot be looked at is not a folder of ours.
+    with contextlib.suppress(OSError, RuntimeError):
+        for root in (beside or Path.cwd(), Path.cwd()):
+            path = root / Path(name).expanduser()
             if path.is_dir():
                 return path
-        path = Path(model_path(name))
-        return path if path.is_dir() else None
-    except (OSError, RuntimeError):
-        return None
+    return None
 
 
 def _cached(name: str, revision: str) -> Path | None:

@@ -8,17 +8,13 @@ but the model's config.json. Every number is an estimate but the adapter's size,
 
 from __future__ import annotations
 
-import os
-import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from retrain import cards
+from retrain.cards import Device
 from retrain.config.schema import Config
 from retrain.config.tables import suites
 from retrain.memory import Card, Format, MemoryPlan, layer_bytes, merged_copies_fit
@@ -44,7 +40,6 @@ _SHORT = 0.2
 """Share of max_tokens that answers have at least on average, where nothing is known."""
 _PROMPTS = {"arithmetic": 40, "gsm8k": 160, "math": 160}
 _OTHER_PROMPT = 256
-_MATMUL = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,103 +88,10 @@ def model_of(config: Config, beside: Path | None = None) -> Model:
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
-    """A device in numbers: ``bytes`` of memory, ``flops`` of its best product per format in operations a second,
-    ``bandwidth`` in bytes a second (0: unknown, then there is no estimate of time). ``note`` says where they are from."""
-
-    name: str
-    kind: Literal["cpu", "cuda"]
-    bytes: int
-    flops_bf16: float
-    flops_fp32: float
-    bandwidth: float
-    here: bool
-    note: str = ""
-    swap: int = 0
-
-    def peaks(self, itemsize: int) -> Peaks | None:
-        """The roof for weights of ``itemsize`` bytes, None where it is unknown."""
-        flops = self.flops_bf16 if itemsize < 4 and self.kind == "cuda" else self.flops_fp32
-        return Peaks(flops, self.bandwidth) if flops and self.bandwidth else None
-
-
-def card(name: str) -> Device:
-    """A card of the table; UsageError for another name."""
-    spec = cards.find(name)
-    return Device(
-        spec.name, "cuda", spec.bytes, spec.bf16 * 1e12, spec.fp32 * 1e12, spec.bandwidth * 1e9, False, "data sheet"
-    )  # fmt: skip
-
-
-def present(devices: str, *, speed: bool = True) -> Device:
-    """The device that ``backend.devices`` comes to on this machine, without torch: a missing GPU is the CPU, as in a run.
-    ``speed`` also measures the CPU's products, in about 10 ms."""
-    if devices != "cpu" and (found := _cuda(int(devices.partition(":")[2] or 0))) is not None:
-        return found
-    note = "" if devices == "cpu" else f"no CUDA device here: {devices} falls back to the CPU"
-    return Device(
-        "CPU", "cpu", _host_bytes(), 0.0, _cpu_flops() if speed else 0.0, 10e9 if speed else 0.0, True, note, _swap_bytes()
-    )  # fmt: skip
-
-
-def _cuda(index: int) -> Device | None:
-    """What the driver says of the GPU that the program would see as number ``index``."""
-    if not Path("/proc/driver/nvidia").exists() and os.name == "posix":
-        return None
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,uuid", "--format=csv,noheader,nounits"]
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    rows = [[cell.strip() for cell in line.split(",")] for line in out.splitlines() if line.count(",") >= 2]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        named = [v.strip() for v in visible.split(",") if v.strip()]
-        rows = [r for v in named for i, r in enumerate(rows) if v == str(i) or r[2].startswith(v)]
-    if index >= len(rows) or not rows[index][1].isdecimal():
-        return None
-    name, size = rows[index][0], int(rows[index][1]) * _MIB
-    spec = cards.of_driver(name, size)
-    if spec is None:
-        return Device(
-            name, "cuda", size, 0.0, 0.0, 0.0, True, "not in the table of cards: its speed is unknown"
-        )
-    return Device(
-        name, "cuda", size, spec.bf16 * 1e12, spec.fp32 * 1e12, spec.bandwidth * 1e9, True, "data sheet"
-    )
-
-
-def _host_bytes() -> int:
-    """Memory that this process may have: the machine's, or less where a control group says so."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if text.isdecimal():
-            total = min(total, int(text))
-    return total
-
-
-def _swap_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("SwapTotal"))
-
-
-def _cpu_flops() -> float:
-    """Operations a second of a float32 product with the threads that numpy has: the best of a few."""
-    x = np.ones((_MATMUL, _MATMUL), np.float32)
-    out, best = np.empty_like(x), float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        np.matmul(x, x, out=out)
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * _MATMUL**3 / best
+def peaks_of(device: Device, itemsize: int) -> Peaks | None:
+    """A device's roof for weights of ``itemsize`` bytes, None where it is unknown."""
+    flops = device.flops_bf16 if itemsize < 4 and device.kind == "cuda" else device.flops_fp32
+    return Peaks(flops, device.bandwidth) if flops and device.bandwidth else None
 
 
 def itemsize_of(config: Config, kind: str) -> int:
@@ -309,7 +211,7 @@ def estimate(
     rows = min(fitting, max(counts.rollouts, max((n for n, _ in _evaluated(config)), default=0)))
     trainable = shape.adapter_weights(config.model.lora_rank)
     seconds = evaluation = None
-    peaks = device.peaks(itemsize)
+    peaks = peaks_of(device, itemsize)
     if peaks is not None and not config.model.quantization:
         lengths = lengths or Interval(max(1.0, _SHORT * training.max_tokens), training.max_tokens)
         trained = trained or Interval(0.5, 1.0)
@@ -458,7 +360,9 @@ class _Work:
             prompts = [prompt] * -(-rows // group)
             pieces = [
                 prefill(self.shape, prompts, self.itemsize, adapter=adapter),
-                *decode(self.shape, [prompt] * rows, [*[each] * (rows - 1), last], self.itemsize, adapter=adapter),
+                *decode(
+                    self.shape, [prompt] * rows, [*[each] * (rows - 1), last], self.itemsize, adapter=adapter
+                ),
             ]
             passes = len(pieces) * self.shape.layers * reached.passes[1 - best]
             # The draw reads its logits about ten times.
@@ -511,5 +415,7 @@ def that_fit(config: Config, model: Model, device: Device) -> list[str]:
 
 def cards_that_fit(need: int) -> Sequence[str]:
     """Names of cards of the table with at least ``need`` bytes, smallest first."""
-    fitting = sorted((s for s in cards.CARDS.values() if s.bytes >= need), key=lambda s: (s.memory_gb, s.bf16))
+    fitting = sorted(
+        (s for s in cards.CARDS.values() if s.bytes >= need), key=lambda s: (s.memory_gb, s.bf16)
+    )
     return [s.name for s in fitting]

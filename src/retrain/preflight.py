@@ -7,22 +7,21 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from retrain import estimate, plugins
-from retrain.algorithms.credit import build_schedule
+from retrain import cards, estimate, plugins
 from retrain.config.own import named_plugins
 from retrain.config.schema import Config, Sepa
 from retrain.config.tables import rewards_by_source
-from retrain.environments.arithmetic import TINY_INSTRUCTION
-from retrain.environments.procedural import INSTRUCTION
-from retrain.environments.reading import DEFAULT_INSTRUCTION
 from retrain.errors import ConfigError, ModelError, PluginError, ResumeError
-from retrain.protocols import Renderer
 from retrain.tracking import layout
 from retrain.training import references
-from retrain.types import Task
+
+if TYPE_CHECKING:
+    from retrain.protocols import Renderer
+    from retrain.types import Task
 
 NEUTRAL_ON_RESUME = (
     "training.max_steps",
@@ -225,7 +224,7 @@ def gib(number: float) -> str:
     return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.0f} MiB"
 
 
-def check_fit(config: Config, device: estimate.Device | None = None) -> None:
+def check_fit(config: Config, device: cards.Device | None = None) -> None:
     """ConfigError, with what would fit, where the device (None: the one of ``backend.devices``) cannot hold what no
     rollout can avoid: weights, adapter, optimizer. Says nothing about a model or a backend that it does not know."""
     if config.backend.backend != "local":
@@ -234,7 +233,7 @@ def check_fit(config: Config, device: estimate.Device | None = None) -> None:
         model = estimate.model_of(config)
     except ModelError:
         return
-    device = device or estimate.present(config.backend.devices, speed=False)
+    device = device or cards.present(config.backend.devices, speed=False)
     refuse_unfit(config, estimate.estimate(config, model, device))
 
 
@@ -350,6 +349,8 @@ def advice(
             f'written differently; {key} = "math" compares their values.'
         )
     if config.algorithm.transform_mode.startswith("gtpo_sepa") and not config.algorithm.algorithm_mode:
+        from retrain.algorithms.credit import build_schedule
+
         steps = config.training.max_steps
         first, middle, last = build_schedule(config).linear_lambdas([0, steps // 2, steps - 1])
         if last < 0.5 and config.sepa.schedule == "linear":
@@ -378,13 +379,23 @@ def _idle_advice(config: Config) -> list[str]:
     return found
 
 
+@cache
+def _instructions() -> tuple[str, ...]:
+    """What the sources put after a problem."""
+    from retrain.environments.arithmetic import TINY_INSTRUCTION
+    from retrain.environments.procedural import INSTRUCTION
+    from retrain.environments.reading import DEFAULT_INSTRUCTION
+
+    return DEFAULT_INSTRUCTION, TINY_INSTRUCTION, INSTRUCTION
+
+
 def _same_problem(config: Config, task: Task) -> tuple[object, object]:
     """Two keys of which equal tasks share at least one: what the model reads, and the question without system message
     and instruction, with its reference."""
     tables = (*config.data.mixture, *config.eval.suites)
     own = [config.data.instruction, *(str(t.get("instruction") or "") for t in tables)]
     text = "\n".join(m.content for m in task.messages if m.role != "system").strip()
-    for instruction in sorted({*own, DEFAULT_INSTRUCTION, TINY_INSTRUCTION, INSTRUCTION}, key=len, reverse=True):
+    for instruction in sorted({*own, *_instructions()}, key=len, reverse=True):
         rest = text.removesuffix(instruction.strip()).strip()
         if rest and rest != text:
             text = rest

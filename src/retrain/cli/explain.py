@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from retrain.errors import ConfigError, ModelError, UsageError
 
 if TYPE_CHECKING:
+    from retrain.cards import Device
     from retrain.config.load import LoadedConfig
     from retrain.config.options import CommandLine
-    from retrain.estimate import Device, Estimate, Interval
+    from retrain.estimate import Estimate, Interval
     from retrain.training.probe import Probe
 
 USAGE = {
@@ -165,7 +166,7 @@ def _without_campaign(source: Path, line: CommandLine) -> LoadedConfig | None:
 
 def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
     """Everything that is known, JSON-serialisable, and the refusal where the device cannot hold the run."""
-    from retrain import estimate, plugins, preflight
+    from retrain import cards, estimate, plugins, preflight
 
     loaded, config = asked.loaded, asked.loaded.config
     plugins.add_search_paths(loaded.search_paths)
@@ -173,7 +174,7 @@ def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
     unknown: list[str] = []
     advice: list[str] = []
     model, made, refusal = None, None, None
-    device = estimate.card(asked.gpu) if asked.gpu else estimate.present(config.backend.devices)
+    device = cards.card(asked.gpu) if asked.gpu else cards.present(config.backend.devices)
     try:
         model = estimate.model_of(config, loaded.path.parent if loaded.path else None)
     except ModelError as error:
@@ -197,10 +198,12 @@ def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
             made = estimate.estimate(
                 config, model, device,
                 prompt=round(found.prompt),
-                lengths=estimate.Interval(max(1.0, found.length.low), max(1.0, min(found.length.high, config.training.max_tokens))),
+                lengths=estimate.Interval(
+                    max(1.0, found.length.low), max(1.0, min(found.length.high, config.training.max_tokens))
+                ),
                 trained=estimate.Interval(1 - found.silent.high, 1 - found.silent.low),
             )  # fmt: skip
-    unknown += _unknown(config, model, made, asked, tasks is not None and bool(tasks))
+    unknown += _unknown(config, model, made, asked)
     record: dict[str, Any] = {
         "configuration": asked.label,
         "settings": _settings(asked),
@@ -252,7 +255,7 @@ def _settings(asked: _Asked) -> list[dict[str, Any]]:
             continue
         if asked.all or origin.kind != "default":
             found.append({
-                "key": key, "value": list(value) if isinstance(value, tuple) else value, "default": setting.default,
+                "key": key, "value": value, "default": setting.default,
                 "origin": origin.where or origin.kind, "kind": origin.kind,
             })  # fmt: skip
     return found
@@ -356,20 +359,31 @@ def _sepa(config: Any) -> dict[str, Any] | None:
 
 def _references(asked: _Asked) -> tuple[Sequence[Any], dict[str, Any]]:
     """The training tasks where they are quickly read or asked for, and what their references are."""
-    from retrain.runner import anchored
-
-    config = anchored(asked.loaded.config, asked.loaded.path)
-    quick = config.data.source == "jsonl" and os.path.isfile(config.data.path)
-    if not asked.data and not (quick and os.path.getsize(config.data.path) <= _QUICK_BYTES):
+    config = asked.loaded.config
+    if not asked.data and not _quick(asked.loaded):
         why = "they are whole numbers" if config.data.source == "arithmetic" else "--data reads the data"
         return (), {"read": False, "note": why}
     import re
 
     from retrain.environments.mixture import training_tasks
+    from retrain.runner import anchored
 
-    tasks, _ = training_tasks(config)
+    tasks, _ = training_tasks(anchored(config, asked.loaded.path))
     plain = sum(re.fullmatch(r"-?\d+", t.reference.strip()) is not None for t in tasks)
     return tasks, {"read": True, "tasks": len(tasks), "whole_numbers": plain, "note": ""}
+
+
+def _quick(loaded: LoadedConfig) -> bool:
+    """Is the data one small file on the disk?"""
+    data = loaded.config.data
+    if data.source != "jsonl" or not data.path:
+        return False
+    with contextlib.suppress(OSError, RuntimeError):
+        for root in (loaded.path.parent if loaded.path else Path.cwd(), Path.cwd()):
+            path = root / Path(data.path).expanduser()
+            if path.is_file():
+                return path.stat().st_size <= _QUICK_BYTES
+    return False
 
 
 def _probe(asked: _Asked, advice: list[str]) -> Probe:
@@ -399,7 +413,7 @@ def _probed(found: Probe) -> dict[str, Any]:
 def _place(asked: _Asked) -> dict[str, Any]:
     """Where the run would write, and what stands there."""
     from retrain import preflight
-    from retrain.tracking.read import RunRecord
+    from retrain.tracking import layout
 
     config = asked.loaded.config
     directory = preflight.expanded(config.resume.from_ or config.logging.log_dir, "logging.log_dir")
@@ -411,7 +425,9 @@ def _place(asked: _Asked) -> dict[str, Any]:
         found |= {"path": str(place.directory), "how": place.how, "note": place.note}
     except ConfigError as error:
         found |= {"how": "refused", "note": str(error)}
-    with contextlib.suppress(UsageError, OSError):
+    if layout.holds_run(directory):
+        from retrain.tracking.read import RunRecord
+
         run = RunRecord.at(directory)
         found["holds"] = {
             "state": run.state,
@@ -428,7 +444,7 @@ _SLOW_REWARDS: Mapping[str, str] = {
 }
 
 
-def _unknown(config: Any, model: Any, made: Estimate | None, asked: _Asked, read: bool) -> list[str]:
+def _unknown(config: Any, model: Any, made: Estimate | None, asked: _Asked) -> list[str]:
     """What stays open, in plain words."""
     found: list[str] = []
     if not asked.probe and made is not None:

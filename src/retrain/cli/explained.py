@@ -100,8 +100,8 @@ def _step(record: Mapping[str, Any]) -> list[str]:
         lines.append(f"{_INDENT}sampling     at most {step['rows_at_once']:,} answers at once")
         again = ", activations computed twice" if step["checkpointing"] else ""
         lines.append(
-            f"{_INDENT}updates      {step['updates']:,}, in at most {_count(step['microbatches_at_most'], 'microbatch')} of up to "
-            f"{step['microbatch_tokens']:,} tokens{again}"
+            f"{_INDENT}updates      {step['updates']:,}, in at most {_count(step['microbatches_at_most'], 'microbatch')} of "
+            f"up to {step['microbatch_tokens']:,} tokens{again}"
         )
     else:
         lines.append(f"{_INDENT}updates      {step['updates']:,}")
@@ -169,8 +169,8 @@ def _time(record: Mapping[str, Any]) -> list[str]:
     if campaign:
         total = campaign["one_after_the_other"]
         lines.append(
-            f"{_INDENT}{'campaign':<13}{campaign['conditions']} conditions x {campaign['seeds']} seeds = {campaign['runs']} runs of "
-            f"{campaign['steps']:,} steps" + (f": {_span(total)} one after the other" if total else "")
+            f"{_INDENT}{'campaign':<13}{campaign['conditions']} conditions x {campaign['seeds']} seeds = {campaign['runs']} runs "
+            f"of {campaign['steps']:,} steps" + (f": {_span(total)} one after the other" if total else "")
         )
     if disk:
         kept = f"{_count(disk['checkpoints_kept'], 'checkpoint')} of {size(disk['checkpoint'])}, adapter {size(disk['adapter'])}"

@@ -41,6 +41,6 @@ def named_plugins(config: Config) -> list[tuple[str, str]]:
     for table in (*config.data.mixture, *config.eval.suites):
         found += [("source", str(table.get("source", ""))), ("reward", str(table.get("reward", "")))]
     found += [("reward", str(table.get("type", ""))) for table in config.reward.parts]
-    added = {kind: installed(kind) for kind in names.OPEN}
-    own = [(k, n) for k, n in found if n and ("." in n or ":" in n or n in added[k]) and n not in names.BUILT[k]]
-    return list(dict.fromkeys(own))
+    other = dict.fromkeys((k, n) for k, n in found if n and n not in names.BUILT[k])
+    # What is installed is asked last: it reads the metadata of every package.
+    return [(k, n) for k, n in other if "." in n or ":" in n or n in installed(k)]
