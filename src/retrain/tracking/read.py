@@ -35,7 +35,7 @@ _HUNG_TIMES = 4.0
 """and so many times the longest that this phase took of late,"""
 _HUNG_FIRST_S = 1800.0
 """or this where the phase has not ended before: the default of training.phase_timeout_s."""
-_TAIL = 1 << 16
+_TAIL = 1 << 15
 _DEPTH = 4
 
 

@@ -67,7 +67,7 @@ class Summary:
 
 def summarize(run: RunRecord) -> Summary:
     """The run as it stands now."""
-    rows = run.tail()
+    rows = [row for row in run.tail() if isinstance(row.get("step"), int)]
     steps = [row for row in rows if not is_evaluation(row)]
     beat, facts, state = run.beat, run.facts, run.state
     going = state in ("running", "silent", "hung")
@@ -273,18 +273,19 @@ class Reading:
 def examine(run: RunRecord) -> Detail:
     """Everything that the status of a single run shows beside its summary."""
     watch, raised = Watch(), list[Alarm]()
-    for row in run.steps:
+    steps = [row for row in run.steps if isinstance(row.get("step"), int)]
+    for row in steps:
         raised += watch.observe(row)
     readings: list[Reading] = []
     for vital in VITALS:
-        curve = tuple(value for row in run.steps if (value := vital.value(row)) is not None)
+        curve = tuple(value for row in steps if (value := vital.value(row)) is not None)
         readings.append(Reading(vital, curve[-1] if curve else None, curve, vital.name in watch.ill))
-    evaluations = tuple(_evaluation(row) for row in run.evaluations)
+    evaluations = tuple(_evaluation(row) for row in run.evaluations if isinstance(row.get("step"), int))
     names = _names(run.path / layout.CHECKPOINTS)
     best: str | None = None
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         state: Any = json.loads((run.path / layout.TRAINER_STATE).read_text(encoding="utf-8"))
-        best = (state.get("best") or {}).get("checkpoint")
+        best = str(state["best"]["checkpoint"])
     return Detail(tuple(readings), tuple(raised), evaluations, names, best)
 
 

@@ -9,7 +9,6 @@ until what they have seen is more than noise: a run of eight rollouts a step is 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -26,10 +25,10 @@ WELL = 5
 """Healthy steps in a row that end an episode."""
 _BASE = WINDOW // 2
 """Steps at the window's beginning that the newest are compared with."""
-_SETTLED = 5
+SETTLED = 5
 """Steps before a share is judged, and the newest ones of a comparison."""
-_ROLLOUTS = 64
-_GROUPS = 30
+ENOUGH_ROLLOUTS = 64
+ENOUGH_GROUPS = 30
 """Rollouts, or groups, over which a share is judged; where a step has few, this takes up to ``WINDOW`` steps."""
 _SURE = 4.0
 """Standard errors by which two means must differ."""
@@ -119,11 +118,11 @@ def _share_of_time(key: str) -> Callable[[Row], float | None]:
 
 
 def _groups(row: Row) -> float:
-    return number(row, "batch_size") or 1.0
+    return max(1.0, number(row, "batch_size") or 1.0)
 
 
 def _rollouts(row: Row) -> float:
-    return _groups(row) * (number(row, "group_size") or 1.0)
+    return _groups(row) * max(1.0, number(row, "group_size") or 1.0)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -145,7 +144,7 @@ def _recent(
     for value, row in zip(reversed(values), reversed(rows), strict=True):
         w = weight(row)
         total, weighted, steps = total + w, weighted + w * value, steps + 1
-        if steps >= WINDOW or (steps >= _SETTLED and total >= enough):
+        if steps >= WINDOW or (steps >= SETTLED and total >= enough):
             return weighted / total, steps
     return None
 
@@ -155,12 +154,12 @@ def _change(values: Sequence[float]) -> tuple[float, float] | None:
 
     The noise is that of successive values: neither a trend nor a single step of it counts as much.
     """
-    if len(values) < _BASE + _SETTLED:
+    if len(values) < _BASE + SETTLED:
         return None
-    before, now = _mean(values[:_BASE]), _mean(values[-_SETTLED:])
+    before, now = _mean(values[:_BASE]), _mean(values[-SETTLED:])
     jumps = sum((b - a) ** 2 for a, b in pairwise(values))
     noise = math.sqrt(jumps / (2 * (len(values) - 1)))
-    sure = abs(now - before) > _SURE * noise * math.sqrt(1 / _BASE + 1 / _SETTLED)
+    sure = abs(now - before) > _SURE * noise * math.sqrt(1 / _BASE + 1 / SETTLED)
     return (before, now) if sure else None
 
 
@@ -182,7 +181,7 @@ def _falling(values: Sequence[float], rows: Sequence[Row]) -> str:
 
 
 def _reward(values: Sequence[float], rows: Sequence[Row]) -> str:
-    last = _recent(values, rows, _rollouts, _ROLLOUTS)
+    last = _recent(values, rows, _rollouts, ENOUGH_ROLLOUTS)
     if last is not None:
         steps = last[1]
         silent = all((_silent_share(row) or 0.0) >= 1.0 for row in rows[-steps:])
@@ -196,7 +195,7 @@ def _reward(values: Sequence[float], rows: Sequence[Row]) -> str:
 
 
 def _silence(values: Sequence[float], rows: Sequence[Row]) -> str:
-    last = _recent(values, rows, _groups, _GROUPS)
+    last = _recent(values, rows, _groups, ENOUGH_GROUPS)
     # With one reward for all there is more to say: see _reward.
     if last is None or not 0.8 < last[0] < 1.0:
         return ""
@@ -209,7 +208,7 @@ def _silence(values: Sequence[float], rows: Sequence[Row]) -> str:
 
 
 def _cut(values: Sequence[float], rows: Sequence[Row]) -> str:
-    last = _recent(values, rows, _rollouts, _ROLLOUTS)
+    last = _recent(values, rows, _rollouts, ENOUGH_ROLLOUTS)
     if last is None or last[0] <= 0.3:
         return ""
     return f"{last[0]:.0%} of the rollouts of the last {last[1]} steps were cut at training.max_tokens."
@@ -229,12 +228,12 @@ def _drift(values: Sequence[float], rows: Sequence[Row]) -> str:
 
 
 def _explore(values: Sequence[float], rows: Sequence[Row]) -> str:
-    if len(values) < _SETTLED:
+    if len(values) < SETTLED:
         return ""
-    now = _middle(values[-_SETTLED:])
-    correct = [rate for row in rows[-_SETTLED:] if (rate := number(row, "correct_rate")) is not None]
+    now = _middle(values[-SETTLED:])
+    correct = [rate for row in rows[-SETTLED:] if (rate := number(row, "correct_rate")) is not None]
     # Who answers nearly everything correctly may well be sure of it.
-    solved = bool(correct) and _mean(correct) > 0.9
+    solved = bool(correct) and _middle(correct) > 0.9
     if now < 0.02 and not solved:
         return f"Entropy is {now:.2g} nats a token: the rollouts of a group are nearly the same."
     change = _change(values)
@@ -250,7 +249,7 @@ def _explore(values: Sequence[float], rows: Sequence[Row]) -> str:
 
 def _usual(values: Sequence[float]) -> float | None:
     """The median of what came before the newest value, None while that is little."""
-    return _middle(values[:-1]) if len(values) > _SETTLED else None
+    return _middle(values[:-1]) if len(values) > SETTLED else None
 
 
 def _mismatch(values: Sequence[float], rows: Sequence[Row]) -> str:
@@ -299,13 +298,13 @@ def _norm(values: Sequence[float], rows: Sequence[Row]) -> str:
 
 def _failing(what: str) -> Judge:
     def judge(values: Sequence[float], rows: Sequence[Row]) -> str:
-        last, seen = values[-_SETTLED:], rows[-_SETTLED:]
-        counts = [value * _rollouts(row) for value, row in zip(last, seen, strict=True)]
-        share = sum(counts) / sum(_rollouts(row) for row in seen)
-        # One failure in a small batch is an accident.
-        if share <= 0.02 or sum(counts) < 1.5 or not values[-1]:
+        last, seen = values[-SETTLED:], rows[-SETTLED:]
+        failed = sum(value * _rollouts(row) for value, row in zip(last, seen, strict=True))
+        of = sum(_rollouts(row) for row in seen)
+        # A few failures in small batches are an accident: 2 % of so many vary by the square root.
+        if failed < 0.02 * of + 2 * math.sqrt(0.02 * of) + 1 or not values[-1]:
             return ""
-        return f"{share:.1%} of the last {len(last)} steps' {what}; those rollouts do not train."
+        return f"{failed:.0f} of the {of:.0f} rollouts of the last {len(last)} steps: {what}; they do not train."
 
     return judge
 
@@ -326,9 +325,9 @@ def _slower(values: Sequence[float], rows: Sequence[Row]) -> str:
 
 
 def _waiting(values: Sequence[float], rows: Sequence[Row]) -> str:
-    if len(values) < _SETTLED or _middle([number(row, "step_time_s") or 0.0 for row in rows]) < 2:
+    if len(values) < SETTLED or _middle([number(row, "step_time_s") or 0.0 for row in rows]) < 2:
         return ""
-    share = _middle(values[-_SETTLED:])
+    share = _middle(values[-SETTLED:])
     return f"{share:.0%} of a step is waiting for rewards after sampling is over." if share > 0.4 else ""
 
 
@@ -389,12 +388,12 @@ VITALS: tuple[Vital, ...] = (
     Vital(
         "reward_errors", "reward errors", "%", "below 2 %",
         "events.log has the first traceback; reward.timeout_s is the deadline.",
-        _read("reward_error_rate"), _failing("rewards failed"),
+        _read("reward_error_rate"), _failing("the reward failed"),
     ),
     Vital(
         "rollout_errors", "broken rollouts", "%", "below 2 %",
         "emergence/steps.jsonl says of every rollout why it broke.",
-        _read("rollout_error_rate"), _failing("rollouts broke"),
+        _read("rollout_error_rate"), _failing("broken"),
     ),
     Vital(
         "skipped_update", "skipped update", "", "never",
@@ -424,8 +423,8 @@ BY_NAME: Mapping[str, Vital] = {vital.name: vital for vital in VITALS}
 class Watch:
     """Raises alarms over a run's rows, one after the other."""
 
-    _seen: dict[str, deque[tuple[float, Row]]] = field(
-        default_factory=dict[str, "deque[tuple[float, Row]]"]
+    _seen: dict[str, tuple[list[float], list[Row]]] = field(
+        default_factory=dict[str, "tuple[list[float], list[Row]]"]
     )
     _ill: dict[str, int] = field(default_factory=dict[str, int])
     """Metrics outside their range, and for how many steps they have been back inside."""
@@ -439,9 +438,11 @@ class Watch:
             value = vital.value(row)
             if value is None:
                 continue
-            seen = self._seen.setdefault(vital.name, deque(maxlen=WINDOW + 1))
-            seen.append((value, row))
-            values, rows = zip(*seen, strict=True)
+            values, rows = self._seen.setdefault(vital.name, ([], []))
+            values.append(value)
+            rows.append(row)
+            if len(values) > WINDOW + 1:
+                del values[0], rows[0]
             wrong = vital.judge(values, rows)
             if wrong:
                 if vital.name not in self._ill:
@@ -461,7 +462,8 @@ class Watch:
 
 def is_evaluation(row: Row) -> bool:
     """Is this row of metrics.jsonl an evaluation and not a training step?"""
-    return any(key.startswith("eval/") for key in row)
+    # Every training step has a batch size; looking through all of its keys takes longer than all else here.
+    return "batch_size" not in row and any(key.startswith("eval/") for key in row)
 
 
 def alarms(rows: Iterable[Row]) -> list[Alarm]:
