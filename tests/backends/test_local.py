@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from dataclasses import replace
@@ -262,3 +263,20 @@ def test_the_parts_of_a_step_are_timed_and_their_tokens_counted(make_backend, ma
     assert timings["packed_tokens"] == sum(len(r.token_ids_T) - 1 for r in batch.rows)
     backend.train_step(batch, OPTIM)
     assert backend.timings["trained_tokens"] == 2 * timings["trained_tokens"]
+
+
+def test_the_first_gradient_of_a_batch_is_hashed_when_asked_and_before_it_is_clipped(make_backend, make_batch):
+    backend = make_backend()
+    batch = make_batch(backend=backend)
+    flat_gradient(backend, batch)
+    found = hashlib.sha256()
+    for name in sorted(backend.policy.adapter):
+        found.update(name.encode() + b"\0" + backend.policy.adapter[name].grad.numpy().tobytes())
+    asked = replace(OPTIM, hash_gradient=True, grad_clip=1e-9)
+    report = backend.train_step(batch, asked)
+    assert report.grad_clipped
+    assert report.gradient_hash == found.hexdigest()
+    assert backend.train_step(batch, asked).gradient_hash == ""
+    other = replace(batch, rows=batch.rows[::-1])
+    assert backend.train_step(other, OPTIM).gradient_hash == ""
+    assert backend.train_step(replace(batch), asked).gradient_hash not in ("", found.hexdigest())

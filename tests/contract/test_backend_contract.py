@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,14 @@ def test_a_step_changes_weights_and_version(make):
     assert after.version == before.version + 1
     assert after.fingerprint != before.fingerprint
     assert report.loss is None or np.isfinite(report.loss)
+
+
+def test_a_gradients_hash_is_told_only_when_asked_and_is_the_same_from_the_same_weights(make):
+    assert make().train_step(a_batch(), OPTIM).gradient_hash == ""
+    asked = replace(OPTIM, hash_gradient=True)
+    a, b = (make().train_step(a_batch(), asked).gradient_hash for _ in range(2))
+    assert a == b
+    assert len(a) in (0, 64)
 
 
 def test_publishing_twice_is_the_same_weights(make):

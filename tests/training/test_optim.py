@@ -60,3 +60,9 @@ def test_everything_else_is_the_same_at_every_step():
         1.0,
     )
     assert first.lr > last.lr
+
+
+@pytest.mark.parametrize(("every", "hashed"), [(0, [0]), (1, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 3, 6])])
+def test_gradients_are_hashed_where_a_step_begins_at_a_checkpoint(every, hashed):
+    made = config(save_every=every, max_steps=7)
+    assert [step for step in range(7) if optim_at(made, step).hash_gradient] == hashed
