@@ -128,12 +128,17 @@ def config_checks(
         if tasks:
             _prompts(checklist, config, renderer, [*tasks, *held_out])
             _advice(checklist, config, renderer, tasks, held_out)
-        checklist.ask(
-            "environment", lambda: make_environment(config, renderer), lambda _: _environment(config)
-        )
-        checklist.ask("algorithm", lambda: _algorithm(config, renderer), str)
-        _rewards(checklist, config, renderer, tasks, every_task=every_task, progress=progress)
+    # Which tokenizer it is hardly matters to what follows, so that one that is not here hides nothing.
+    some = renderer or dry.load_renderer(_with_tiny(config))
+    checklist.ask("environment", lambda: make_environment(config, some), lambda _: _environment(config))
+    checklist.ask("algorithm", lambda: _algorithm(config, some), str)
+    _rewards(checklist, config, some, tasks, every_task=every_task, progress=progress)
     return checklist.checks
+
+
+def _with_tiny(config: Config) -> Config:
+    model = config.model.model_copy(update={"model": TINY_MODEL, "revision": ""})
+    return config.model_copy(update={"model": model})
 
 
 def summary(checks: Sequence[Check], loaded: LoadedConfig | None) -> dict[str, Any]:

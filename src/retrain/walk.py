@@ -18,6 +18,7 @@ import numpy.typing as npt
 from retrain import plugins
 from retrain.algorithms import transforms
 from retrain.algorithms.credit import Algorithm, correct, credit_step
+from retrain.algorithms.transforms import SEPA_TRANSFORMS
 from retrain.config.load import LoadedConfig
 from retrain.config.schema import Config
 from retrain.config.tables import rewards_by_source
@@ -186,9 +187,8 @@ def _task(parts: dry.Parts, wanted: str) -> Task:
     if wanted.isdecimal():
         if int(wanted) < count:
             return parts.tasks[int(wanted)]
-        raise UsageError(
-            f"--task {wanted}: there are {count} tasks.", fix=f"0 to {count - 1}, or a task's id."
-        )
+        there = "is one task" if count == 1 else f"are {count} tasks"
+        raise UsageError(f"--task {wanted}: there {there}.", fix=f"a number below {count}, or a task's id.")
     near = difflib.get_close_matches(wanted, by_id, n=1) or [parts.tasks[0].id]
     raise UsageError(
         f"--task {wanted}: there is no task of that id.",
@@ -372,8 +372,14 @@ def _algorithm(config: Config, parts: dry.Parts, step: int, sepa_lambda: float) 
         "planning": algorithm.detector_name,
         "truncated": config.training.truncated,
         "step": step,
-        "sepa_lambda": sepa_lambda,
+        "sepa_lambda": sepa_lambda if _uses_sepa(config, algorithm) else None,
     }
+
+
+def _uses_sepa(config: Config, algorithm: Algorithm) -> bool:
+    piece = algorithm.transform if algorithm.whole is None else algorithm.whole
+    own = bool(getattr(piece, "uses_sepa", False))
+    return own or (algorithm.whole is None and config.algorithm.transform_mode in SEPA_TRANSFORMS)
 
 
 def _notes(
@@ -404,6 +410,6 @@ def _notes(
             found.append(
                 f'"{member.name}" needs more than training.max_tokens = {config.training.max_tokens} tokens and was cut.'
             )
-    if config.algorithm.transform_mode.startswith("gtpo_sepa") and not config.algorithm.algorithm_mode:
+    if _uses_sepa(config, parts.algorithm):
         found.append("SEPA's lambda is that of its linear ramp, with the gate taken as open.")
     return found

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from retrain.cli import streams
 from retrain.cli.verb import at_once_on_interrupt, own_flags, quiet_loading, whole_number
@@ -98,8 +98,7 @@ def _record(out: streams.Results, value: Any) -> None:
 
     from retrain.tracking.run_log import to_json
 
-    record: dict[str, Any] = value if isinstance(value, dict) else asdict(value)
-    out.record(to_json(record))
+    out.record(to_json(cast("Mapping[str, Any]", value if isinstance(value, dict) else asdict(value))))
 
 
 def _loaded(command: str, rest: Sequence[str], *, else_tiny: bool) -> LoadedConfig | None:
@@ -143,22 +142,25 @@ def _walk_text(walk: Walk, shown: int) -> str:
         *([f"           {_quoted(prompt['text'])}"] if prompt["text"] else []),
         f"ends at    {_ends(prompt, walk.sampling)}",
         "",
-        f"{'answer':<28}{'tokens':>7}  {'stop':<7}{'reward':>8}  {'correct':<8}{'A':>8}",
+        f"{'answer':<28}{'tokens':>7}  {'stop':<7}{'reward':>8}  {'correct':<8}{'A':>8}{'mean u':>9}",
     ]
     for m in walk.members:
         reward = "failed" if m.reward is None else f"{m.reward:g}"
         verdict = "unknown" if m.correct is None else "yes" if m.correct else "no"
         advantage = "" if m.advantage is None else f"{m.advantage:+.3f}"
+        mean = sum(t.uncertainty for t in m.tokens) / max(1, len(m.tokens))
         lines.append(
-            f"{m.name:<28}{len(m.tokens):>7}  {m.stop:<7}{reward:>8}  {verdict:<8}{advantage:>8}{_parts(m)}"
+            f"{m.name:<28}{len(m.tokens):>7}  {m.stop:<7}{reward:>8}  {verdict:<8}{advantage:>8}{mean:>9.3f}{_parts(m)}"
         )
     if walk.skipped:
         lines.append(f"           skipped ({walk.skipped}): A is 0 everywhere")
+    lam = algorithm["sepa_lambda"]
+    sepa = "" if lam is None else f"; SEPA's lambda {lam:g} at step {algorithm['step']}"
     name = algorithm["algorithm"] or f"{algorithm['advantage']}, then {algorithm['transform']}"
     lines += [
         "",
-        f"credit     {name}; uncertainty {algorithm['uncertainty']}, planning tokens (*) by {algorithm['planning']}; "
-        f"SEPA's lambda {algorithm['sepa_lambda']:g} at step {algorithm['step']}",
+        f"credit     {name}{sepa}",
+        f"           uncertainty {algorithm['uncertainty']}, planning tokens (*) by {algorithm['planning']}",
         "           tokens with the A that trains them",
     ]
     for m in walk.members:

@@ -146,7 +146,7 @@ def listing(kind: str, config: str) -> dict[str, Any]:
     return {
         "kinds": kinds,
         "search_paths": [{"path": str(f), "exists": f.is_dir()} for f in folders],
-        "own": [o for o in own if not kind or kind in o["fits"]],
+        "own": [o for o in own if not kind or kind in (f.partition(".")[0] for f in o["fits"])],
         "docs": DOCS,
     }
 
@@ -233,10 +233,18 @@ def _settings(kind: str) -> list[str]:
 
 
 def _search_paths(config: str) -> tuple[Path, ...]:
-    from retrain.config.load import load
+    """Of the configuration that is named, else of ./retrain.toml where that loads, else the default."""
+    from retrain.errors import ConfigError
 
     if config or os.path.exists("retrain.toml"):
-        return load(Path(config or "retrain.toml")).search_paths
+        from retrain.config.load import load
+
+        try:
+            return load(Path(config or "retrain.toml")).search_paths
+        except ConfigError:
+            # Whoever mends a configuration wants to see what it can name.
+            if config:
+                raise
     return (Path.cwd() / "plugins",)
 
 
