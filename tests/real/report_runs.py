@@ -98,6 +98,7 @@ def fabricate(
 ):  # fmt: skip
     """Write a run of ``steps`` completed steps; ``every`` steps an evaluation; ``extra`` rollouts after the others."""
     draw = random.Random(seed)
+    pools = {}
     (directory / "emergence").mkdir(parents=True)
     (directory / ".lock").touch()
     (directory / "config.toml").write_text(config or CONFIG.format(steps=steps))
@@ -113,7 +114,13 @@ def fabricate(
                 metrics.write(json.dumps(evaluation_row(step, 0.3 + 0.4 * step / steps, suites)) + "\n")
             metrics.write(json.dumps(step_row(step, steps, draw, spike=step == spike)) + "\n")
             for member in range(generations):
-                texts.write(json.dumps(generation(step, member, draw, tokens=tokens)) + "\n")
+                # The numbers of a few rollouts serve all: drawing millions would take minutes.
+                pool = pools.get((step % 5, member)) or pools.setdefault(
+                    (step % 5, member), generation(0, member, draw, tokens=tokens)
+                )
+                texts.write(
+                    json.dumps({**pool, "step": step, "task": f"arithmetic/{step}", "prompt": f"What is {step} + 7?"}) + "\n"
+                )
         if every:
             metrics.write(json.dumps(evaluation_row(steps, 0.7, suites)) + "\n")
         for row in extra:

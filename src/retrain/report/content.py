@@ -49,15 +49,15 @@ class AlarmLine:
 
 
 _STATES = {
-    "done": "done", "failed": "failed", "interrupted": "interrupted", "running": "running",
-    "silent": "running, but silent: no heartbeat for {age}", "dead": "dead: it says that it runs, and its process is gone",
-    "unknown": "unknown: no run.json says",
+    "dead": "dead: it says that it runs, and its process is gone", "unknown": "unknown: no run.json says",
 }  # fmt: skip
 
 
 def state(data: RunData) -> str:
     """What became of the run, in words."""
-    return _STATES[data.state].format(age=clock(data.record.heartbeat_age))
+    if data.state == "silent":
+        return f"running, but silent: no heartbeat for {clock(data.record.heartbeat_age)}"
+    return _STATES.get(data.state, data.state)
 
 
 def headline(data: RunData) -> list[Fact]:
@@ -75,7 +75,7 @@ def headline(data: RunData) -> list[Fact]:
         Fact("Tasks", _source(data), f"reward: {data.setting('reward.type') or 'n/a'}"),
     ]
     tokens = data.curve("tokens_sampled")
-    sampled = f"{number(float(np.nansum(tokens)))} tokens sampled" if tokens is not None else ""
+    sampled = f"{float(np.nansum(tokens)):,.0f} tokens sampled" if tokens is not None else ""
     begun = data.events.begun
     facts.append(Fact("Time in steps and evaluations", clock(data.seconds), sampled))
     beat = moment(data.facts.get("heartbeat"))

@@ -155,7 +155,7 @@ def _text(data: RunData) -> list[Plot]:
 
 
 def _policy(data: RunData) -> list[Plot]:
-    gap = data.vital_curve("ratio_gap")
+    gap, norm = data.vital_curve("ratio_gap"), data.curve("grad_norm")
     moved, approx = data.curve("moved_kl"), data.curve("approx_kl")
     if moved is not None and approx is not None and np.array_equal(moved, approx, equal_nan=True):
         moved = None  # one update per batch: nothing moved in between
@@ -179,10 +179,12 @@ def _policy(data: RunData) -> list[Plot]:
             note=" The first update of a batch should see a ratio of 1 and a KL of 0 up to numerics.",
         ),
         *_curve(
-            data, "grad_norm", "Gradient norm", "policy", [_line("gradient norm", data.curve("grad_norm"))],
-            vitals=("grad_norm",), note=" Before clipping.",
+            data, "grad_norm", "Gradient norm", "policy", [_line("gradient norm", norm)],
+            log=_spiked(norm), zero=not _spiked(norm), vitals=("grad_norm",), note=" Before clipping.",
         ),
-        *_curve(data, "lr", "Learning rate", "policy", [_line("learning rate", data.curve("lr"))], smooth=False),
+        *_curve(
+            data, "lr", "Learning rate", "policy", [_line("learning rate", data.curve("lr"))], smooth=False, zero=True
+        ),
         *_curve(
             data, "sepa_lambda", "SEPA's lambda", "policy",
             [_line("lambda", data.curve("sepa_lambda"))] if _varies(data.curve("sepa_lambda")) else [], smooth=False,
@@ -213,13 +215,8 @@ def _signal(data: RunData) -> list[Plot]:
             shares.append((label, found / groups))
     silent = np.nansum(np.array([share for _, share in shares]), axis=0) if shares else np.zeros(len(groups))
     for i, (label, share) in enumerate([("trained", 1 - silent), *shares]):
-        x, y = bucket_means(data.steps_S, share, _BARS)
-        figure.add_trace(
-            _go.Bar(
-                x=x, y=_rounded(y), name=label, marker={"color": PALETTE[(i + 1) % len(PALETTE)] if i else "#3b82f6"},
-                hovertemplate="%{y:.1%}<extra>%{fullData.name}</extra>",
-            )
-        )  # fmt: skip
+        colour = PALETTE[(i + 1) % len(PALETTE)] if i else PALETTE[0]
+        _bars(figure, data, label, share, colour, "%{y:.1%}")
     figure.update_layout(barmode="stack", bargap=0, yaxis_range=[0, 1])
     mean = float(np.nanmean(silent)) if len(silent) else 0.0
     said = ", ".join(f"{label} {float(np.nanmean(share)):.1%}" for label, share in shares) or "none"
@@ -250,11 +247,8 @@ def _time(data: RunData) -> list[Plot]:
     if found:
         figure = _empty(unit="seconds")
         for i, (label, seconds) in enumerate(found):
-            x, y = bucket_means(data.steps_S, seconds, _BARS)
             colour = QUIET if label == "rest" else PALETTE[i % len(PALETTE)]
-            figure.add_trace(
-                _go.Bar(x=x, y=_rounded(y), name=label, marker={"color": colour}, hovertemplate="%{y:.3~s} s")
-            )
+            _bars(figure, data, label, seconds, colour, "%{y:.3~s}s")
         figure.update_layout(barmode="stack", bargap=0)
         total = sum(float(s.sum()) for _, s in found) or 1.0
         said = ", ".join(f"{label} {float(s.sum()) / total:.1%}" for label, s in found)
@@ -263,7 +257,7 @@ def _time(data: RunData) -> list[Plot]:
         )
     made += _curve(
         data, "speed", "Sampling speed", "time", [_line("tokens/s", data.curve("tokens_per_second"))],
-        unit="tokens/s", vitals=("tokens_per_second",),
+        unit="tokens/s", zero=True, vitals=("tokens_per_second",),
     )  # fmt: skip
     return made
 
@@ -272,8 +266,25 @@ def _line(label: str, values: Series | None) -> Line | None:
     return None if values is None else Line(label, values)
 
 
+def _bars(figure: Any, data: RunData, label: str, values: Series, colour: str, form: str) -> None:
+    """Add one layer of a stack: every step, or the mean of every bucket of steps, as wide as what it stands for."""
+    x, y = bucket_means(data.steps_S, values, _BARS)
+    width = np.diff(x, append=data.steps_S[-1] + 1)
+    figure.add_trace(
+        _go.Bar(
+            x=x.tolist(), y=_rounded(y), width=width.tolist(), offset=0 if len(x) < len(data.steps_S) else None, name=label,
+            marker={"color": colour, "line": {"width": 0}}, hovertemplate=form,
+        )
+    )  # fmt: skip
+
+
 def _varies(values: Series | None) -> bool:
     return values is not None and float(np.nanmax(values)) > 0
+
+
+def _spiked(values: Series | None) -> bool:
+    """Would the highest value flatten all others against the axis?"""
+    return values is not None and float(np.nanmax(values)) > 20 * float(np.nanmedian(values)) > 0
 
 
 def _thinned(data: RunData) -> str:
@@ -283,7 +294,7 @@ def _thinned(data: RunData) -> str:
 
 def _curve(
     data: RunData, name: str, title: str, group: str, lines: Sequence[Line | None], *, share: bool = False,
-    log: bool = False, unit: str = "", raw: bool = True, smooth: bool = True, vitals: Sequence[str] = (), note: str = "",
+    log: bool = False, zero: bool = False, unit: str = "", raw: bool = True, smooth: bool = True, vitals: Sequence[str] = (), note: str = "",
 ) -> list[Plot]:  # fmt: skip
     """Raw values, faint, under their trailing mean. Without ``raw`` only the mean, where many curves would blur."""
     known = [line for line in lines if line is not None]
@@ -291,6 +302,8 @@ def _curve(
         return []
     steps = data.steps_S
     figure = _empty(share=share, log=log, unit=unit)
+    if zero:
+        figure.update_yaxes(rangemode="tozero")
     window = window_of(len(steps))
     smooth = smooth and len(steps) > window
     form = ":.1%" if share else ":.4g"
@@ -303,7 +316,7 @@ def _curve(
             blind = smooth and (len(x) < len(steps) or len(known) > 1)
             figure.add_trace(
                 _go.Scatter(
-                    x=x, y=_rounded(y), name=f"{line.label}, each step" if smooth else line.label,
+                    x=x.tolist(), y=_rounded(y), name=f"{line.label}, each step" if smooth else line.label,
                     mode="lines" if len(x) > 1 else "markers", legendgroup=line.label, showlegend=not smooth and len(known) > 1,
                     line={"color": colour, "width": 1 if smooth else 1.8}, opacity=0.35 if smooth else 1,
                     hoverinfo="skip" if blind else None, hovertemplate=None if blind else f"%{{y{form}}}",
@@ -313,7 +326,7 @@ def _curve(
             x, y = every_nth(steps, trailing_mean(values, window), _SMOOTH_POINTS)
             figure.add_trace(
                 _go.Scatter(
-                    x=x, y=_rounded(y), name=line.label, mode="lines", legendgroup=line.label, showlegend=len(known) > 1,
+                    x=x.tolist(), y=_rounded(y), name=line.label, mode="lines", legendgroup=line.label, showlegend=len(known) > 1,
                     line={"color": colour, "width": 2}, hovertemplate=f"%{{y{form}}}",
                 )
             )  # fmt: skip
@@ -409,7 +422,7 @@ def overlay(runs: Sequence[RunData], metrics: Mapping[str, tuple[str, bool, str]
             x, y = every_nth(run.steps_S, trailing_mean(values, window), _SMOOTH_POINTS // 2)
             figure.add_trace(
                 _go.Scatter(
-                    x=x, y=_rounded(y), name=run.record.path.name, mode="lines" if len(x) > 1 else "markers",
+                    x=x.tolist(), y=_rounded(y), name=run.record.path.name, mode="lines" if len(x) > 1 else "markers",
                     line={"color": colour, "width": 1.8, "dash": dash},
                     hovertemplate="%{y:.1%}" if share else "%{y:.4g}",
                 )

@@ -164,7 +164,7 @@
 
     const fact = (dl, name, value, style) => {
       const pair = make("div");
-      pair.append(make("dt", "", name), make("dd", style, visible(value)));
+      pair.append(make("dt", "", visible(name)), make("dd", style, visible(value)));
       dl.append(pair);
     };
     const block = (title, content, folded) => {
