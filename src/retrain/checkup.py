@@ -247,10 +247,8 @@ def _prompts(checklist: _Checklist, config: Config, renderer: Any, tasks: Sequen
     def say(_: None) -> str:
         longest = sorted(tasks, key=lambda t: -sum(len(m.content) for m in t.messages))[:16]
         tokens = max(len(renderer.encode(t.messages)) for t in longest)
-        room = (
-            f" of {context:,} positions" if context else "; the model does not say how many positions it has"
-        )
-        return f"at most {tokens:,} tokens and {config.training.max_tokens:,} of an answer{room}"
+        room = f"has {context:,} positions" if context else "does not say how many positions it has"
+        return f"at most {tokens:,} tokens, and an answer of {config.training.max_tokens:,}; the model {room}"
 
     try:
         checklist.ask("prompts", lambda: preflight.check_lengths(config, renderer, tasks, context), say)

@@ -76,3 +76,34 @@ def test_generated_tasks_are_answered_in_tags_and_numbers_have_a_threshold():
     assert not check([made], Half(), "reasoning_gym").ok
     assert seen[0] == "<answer>3</answer>"
     assert check([made], Half(), "reasoning_gym", threshold=0.3).ok
+
+
+def test_sources_have_rewards_of_their_own_and_progress_is_told():
+    seen, told = {}, []
+
+    class Any(Match):
+        async def score(self, task, rollouts_G):
+            seen[task.id] = [r.text for r in rollouts_G]
+            return [Score(1.0) for _ in rollouts_G]
+
+    tasks = [task("1"), Task("m/0", (Message("user", "q"),), "2", "m", 0), task("", "t/2")]
+    options = {"by_source": {"m": "match"}, "progress": lambda done, of: told.append((done, of))}
+    assert check(tasks, Any(), "custom", **options).accepted == 2
+    assert seen == {"t/0": ["1", "\\boxed{1}", "<answer>1</answer>"], "m/0": ["\\boxed{2}"]}
+    assert sorted(told) == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_at_most_eight_tasks_are_scored_at_once():
+    running, most = 0, []
+
+    class Slow(Match):
+        async def score(self, task, rollouts_G):
+            nonlocal running
+            running += 1
+            most.append(running)
+            await asyncio.sleep(0.001)
+            running -= 1
+            return [Score(1.0) for _ in rollouts_G]
+
+    assert check([task("1", f"t/{i}") for i in range(30)], Slow()).ok
+    assert max(most) == 8

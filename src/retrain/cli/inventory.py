@@ -28,6 +28,9 @@ NEEDS_LOCAL = ("math", "gsm8k", "hf")
 INTERNAL = {"reward": ("routed",), "sink": ("console",)}
 """Names of the table that no configuration can hold."""
 
+FACTORY = "factory"
+"""What a name that starts with ``make_`` and needs no arguments is, in place of a kind."""
+
 KINDS = {
     "advantage": "one number per rollout from its group's rewards",
     "transform": "token-level credit from a rollout's advantage",
@@ -146,7 +149,7 @@ def listing(kind: str, config: str) -> dict[str, Any]:
     return {
         "kinds": kinds,
         "search_paths": [{"path": str(f), "exists": f.is_dir()} for f in folders],
-        "own": [o for o in own if not kind or kind in (f.partition(".")[0] for f in o["fits"])],
+        "own": [o for o in own if not kind or {kind, FACTORY} & {f.partition(".")[0] for f in o["fits"]}],
         "docs": DOCS,
     }
 
@@ -379,7 +382,7 @@ def _fits(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> list[s
         return []
     required, most, listed = taken
     if node.name.startswith("make_") and not required:
-        return []  # a factory: what it returns is known when it is called
+        return [FACTORY]  # what it returns is known when it is called
     open_kinds = {k: s for k, s in plugins.SIGNATURES.items() if k in names.OPEN}
     named = [k for k, s in open_kinds.items() if tuple(listed[: len(s)]) == s]
     if tuple(listed[:2]) == ("response", "reference"):
