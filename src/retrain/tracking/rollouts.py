@@ -96,8 +96,11 @@ class RolloutStore:
         path = self._directory / layout.rollout_file(step)
         arrays = _encoded(step, groups_P, metrics, self._temperature)
         temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+        # As numpy's savez_compressed, but at the level that takes a third of its time for two percent more bytes.
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for name, values in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, values, allow_pickle=False)
         temporary.replace(path)
         if self._limit:
             self._make_room(step, path.stat().st_size)
