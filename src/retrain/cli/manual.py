@@ -8,71 +8,136 @@ from importlib import import_module
 
 from retrain.cli.commands import COMMANDS
 from retrain.config.templates import ASSETS
-from retrain.errors import NotInThisVersion, UsageError
+from retrain.errors import UsageError
 
 HELP = os.path.join(ASSETS, "help.txt")
 MANUAL = os.path.join(ASSETS, "manual.md")
 
 USAGE = {
     "man": """\
-Usage: retrain man [--topic NAME] [--list-topics] [--path] [--check | --sync]
+Usage: retrain man [--topic NAME] [--list-topics] [--format text|json|html] [--path] [--check | --sync]
 
-Shows the manual. --check fails when the bundled text is stale, --sync writes it anew.
+Shows the manual, or one topic of it.
+
+  --topic NAME      only this topic
+  --list-topics     names of the topics
+  --format F        text, json, or html: one page that stands alone
+  --json            the same as --format json
+  --path            where the manual's file is
+  --check           exit code 1 when the bundled text is not what the code says
+  --sync            write it anew
 """,
-    "schema": "Usage: retrain schema\n",
-    "completion": "Usage: retrain completion bash|zsh|fish\n",
+    "schema": """\
+Usage: retrain schema [--output FILE] [--json]
+
+Prints a JSON Schema of the configuration, from which editors complete and check TOML files, and says how to use it.
+
+  --output FILE     write it to FILE, again over an older one
+  --json            print the schema and nothing else
+""",
+    "completion": """\
+Usage: retrain completion bash|zsh|fish
+
+Prints a script that completes commands, flags, names and files. To use it in every new shell:
+
+  bash    echo 'eval "$(retrain completion bash)"' >> ~/.bashrc
+  zsh     echo 'eval "$(retrain completion zsh)"' >> ~/.zshrc      (after compinit)
+  fish    retrain completion fish > ~/.config/fish/completions/retrain.fish
+""",
+    "demo": """\
+Usage: retrain demo [--flag value ...]
+
+Trains the model that ships inside the package on sums of two digits, on the CPU, in a few minutes: the same steps as a
+large run. The run directory is logs/demo, the next free name where that is taken. It needs no network.
+
+  --log-dir DIR     another run directory
+  --plain           plain lines, as when the output is not a terminal
+Every setting of a run has its usual flag: retrain demo --transform-mode none --seed 1 --max-steps 20.
+`retrain init --template tiny` writes its configuration.
+""",
 }
 
 _BEGIN, _END = "<!-- generated: ", "<!-- end -->"
+FORMATS = ("text", "json", "html")
 
 
 def print_help(command: str = "") -> int:
     """The help text, or that of one command."""
-    usage: str | Mapping[str, str] | None = None
-    if command in COMMANDS and command != "demo":  # whose module is that of a run
-        module = import_module(COMMANDS[command][0].partition(":")[0])
-        usage = getattr(module, "USAGE", None)
-    text = usage.get(command) if isinstance(usage, Mapping) else usage
-    if text:
-        print(text, end="")
-    else:
-        print(_read(HELP), end="")
+    print(usage_of(command) or _read(HELP), end="")
     return 0
+
+
+def usage_of(command: str) -> str:
+    """Help text of a command, "" where there is none."""
+    if command in USAGE:
+        return USAGE[command]
+    if command not in COMMANDS:
+        return ""
+    usage: str | Mapping[str, str] | None = getattr(import_module(COMMANDS[command][0].partition(":")[0]), "USAGE", None)
+    return usage if isinstance(usage, str) else (usage or {}).get(command, "")
 
 
 def man(arguments: Sequence[str]) -> int:
     """The command ``man``."""
-    rest, topic = list(arguments), ""
+    rest, topic, form, wanted = list(arguments), "", "", ""
     while rest:
         word, equals, value = rest.pop(0).partition("=")
-        if word == "--topic":
+        if word in ("--topic", "--format"):
+            known = topics() if word == "--topic" else list(FORMATS)
             if not equals and not rest:
-                raise UsageError("--topic needs a name.", fix=f"one of {', '.join(topics())}.")
-            topic = value if equals else rest.pop(0)
-        elif word == "--list-topics":
-            print("\n".join(topics()))
-            return 0
-        elif word == "--path":
-            print(MANUAL)
-            return 0
-        elif word in ("--check", "--sync"):
-            return _sync(write=word == "--sync")
-        elif word in ("--json", "--format"):
-            raise UsageError(f"retrain man {word} is not in this version.", fix="leave it out.")
+                raise UsageError(f"{word} needs a name.", fix=f"one of {', '.join(known)}.")
+            value = value if equals else rest.pop(0)
+            if word == "--topic":
+                topic = value
+            else:
+                form = _one_of(value, known, "--format")
+        elif equals:
+            raise UsageError(f"unexpected argument {word + equals + value!r}.", fix="`retrain man --help`.")
+        elif word == "--json":
+            form = "json"
+        elif word in ("--list-topics", "--path", "--check", "--sync"):
+            if wanted and wanted != word:
+                raise UsageError(f"{wanted} and {word} exclude each other.", fix="give one of them.")
+            wanted = word
         else:
             raise UsageError(f"unexpected argument {word!r}.", fix="`retrain man --topic NAME`.")
-    print(_topic(topic) if topic else _text(), end="")
+    if topic:
+        _one_of(topic, topics(), "the manual's topics")
+    if wanted in ("--check", "--sync"):
+        return _sync(write=wanted == "--sync")
+    if wanted == "--path":
+        print(MANUAL)
+    elif form == "json":
+        print(_json(topic, listed=wanted == "--list-topics"))
+    elif wanted == "--list-topics":
+        print("\n".join(topics()))
+    elif form == "html":
+        from retrain.cli.manual_page import page
+
+        print(page([(name, topic_text(name)) for name in ([topic] if topic else topics())]), end="")
+    else:
+        print(topic_text(topic) if topic else _text(), end="")
     return 0
 
 
 def schema(arguments: Sequence[str]) -> int:
     """The command ``schema``."""
-    raise NotInThisVersion("retrain schema is not in this version.", fix="leave it out.")
+    from retrain.cli.editors import write_schema
+
+    return write_schema(arguments)
 
 
 def completion(arguments: Sequence[str]) -> int:
     """The command ``completion``."""
-    raise NotInThisVersion("retrain completion is not in this version.", fix="leave it out.")
+    from retrain.cli.completion import SHELLS, script
+
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        given = f"not {arguments[0]!r}" if len(arguments) == 1 else "and nothing else" if arguments else "which one?"
+        raise UsageError(
+            f"completion takes the name of a shell, {given}.", fix=f"retrain completion {' or '.join(SHELLS)}."
+        )
+    print(script(arguments[0]), end="")
+    return 0
 
 
 def topics() -> list[str]:
@@ -80,16 +145,33 @@ def topics() -> list[str]:
     return [line[2:].strip() for line in _text().splitlines() if line.startswith("# ")]
 
 
-def _topic(name: str) -> str:
-    if name not in topics():
-        import difflib
+def topic_text(name: str) -> str:
+    """One part of the manual, with its heading."""
+    text = _text()
+    start = text.index(f"# {name}\n")
+    end = text.find("\n# ", start)
+    return text[start : end + 1 if end >= 0 else None]
 
-        near = difflib.get_close_matches(name, topics(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"topics are {', '.join(topics())}."
-        raise UsageError(f"the manual has no topic {name!r}.", fix=hint)
-    start = _text().index(f"# {name}\n")
-    end = _text().find("\n# ", start)
-    return _text()[start : end + 1 if end >= 0 else None]
+
+def _one_of(name: str, known: Sequence[str], what: str) -> str:
+    if name in known:
+        return name
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(known)}."
+    if what == "--format":
+        raise UsageError(f"--format {name} is unknown.", fix=hint)
+    raise UsageError(f"the manual has no topic {name!r}.", fix=hint)
+
+
+def _json(topic: str, *, listed: bool) -> str:
+    import json
+
+    if listed:
+        return json.dumps({"topics": topics()})
+    parts = [{"name": n, "text": topic_text(n).partition("\n")[2].strip("\n")} for n in ([topic] if topic else topics())]
+    return json.dumps({"topics": parts}, indent=2, ensure_ascii=False)
 
 
 def _text() -> str:
@@ -134,7 +216,7 @@ def _help() -> str:
             "retrain: train language models by reinforcement learning with verifiable rewards.",
             "Usage:\n"
             "  retrain [CONFIG] [--flag value ...]   train as CONFIG says (./retrain.toml)\n"
-            "  retrain COMMAND [...]",
+            "  retrain COMMAND [...]                 retrain COMMAND --help says more",
             f"Commands:\n{_commands()}",
             f"A run:\n{describe.switches()}",
             "Settings, which win over the TOML (all of them: retrain man --topic options):\n"
@@ -154,6 +236,11 @@ def _commands() -> str:
     return "\n".join([*rows, "  Known, and not in this version:", rest])
 
 
+def _usage_block(command: str) -> str:
+    lines = usage_of(command).removeprefix("Usage: ").rstrip().splitlines()
+    return "\n".join(f"    {line}".rstrip() for line in lines)
+
+
 def _filled(manual: str) -> str:
     from retrain.cli.create import listing
     from retrain.config import describe
@@ -163,6 +250,7 @@ def _filled(manual: str) -> str:
         "switches": describe.switches(),
         "options": describe.options(),
         "templates": listing(),
+        **{f"usage {command}": _usage_block(command) for command in COMMANDS},
     }
     lines: list[str] = []
     skipping = False

@@ -35,7 +35,7 @@ NAMED = {
 }
 """Settings that hold a name, and the kind of name in ``names``."""
 
-_INTERNAL = {"environment": "single_turn", "reward": "routed", "sink": "console"}
+INTERNAL = {"environment": "single_turn", "reward": "routed", "sink": "console"}
 """Names that the plug-in table holds and no configuration writes."""
 
 
@@ -57,7 +57,7 @@ def _names(config: Config) -> Iterator[Problem]:
 
 
 def _name(config: Config, key: str, kind: str, value: str, index: int | None = None) -> Iterator[Problem]:
-    built = [n for n in names.BUILT[kind] if n != _INTERNAL.get(kind)]
+    built = [n for n in names.BUILT[kind] if n != INTERNAL.get(kind)]
     if value in built:
         return
     path = path_of(key) if index is None else (*path_of(key), index)
