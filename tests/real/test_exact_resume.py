@@ -95,6 +95,7 @@ def prints(run: Path) -> dict[str, str]:
     files = [
         *sorted(p for p in newest.rglob("*") if p.is_file() and p.name not in ("state.json", "manifest.json")),
         run / "adapter/adapter_model.safetensors", run / "emergence/steps.jsonl", run / "emergence/generations.jsonl",
+        *sorted((run / "rollouts").glob("*.npz")),
     ]  # fmt: skip
     return {f.name + str(i): hashlib.sha256(f.read_bytes()).hexdigest() for i, f in enumerate(files)}
 
