@@ -21,6 +21,9 @@ from retrain.memory import Card, Format, MemoryPlan, layer_bytes, merged_copies_
 from retrain.roofline import Peaks, Row, Shape, decode, floor, learn, prefill
 
 _MIB = 2**20
+_CUDA_SPREAD = ((0.5, 0.7, 0.7), (2.0, 1.08, 1.35))
+"""Low and high: what the runtime, sampling and learning may take of their estimates. Weights and adapter have exact sizes,
+and the cache nearly so; activations depend on kernels, and the allocator leaves gaps. Not measured."""
 _BASE = {"cpu": 465 * _MIB, "cuda": 800 * _MIB}
 """Python, PyTorch and transformers with what they load; on CUDA the context, the libraries' workspaces and recorded
 steps. The first is measured (benches/estimate.py), the second is not."""
@@ -294,9 +297,15 @@ def memory_of(
     }
     certain = weights + 16 * trainable + (_CONTEXT if kind == "cuda" else _BASE[kind] // 2)
     made = Memory(kept, sampling, learning, certain, 0, 0)
-    # On CUDA nothing but the parts' sizes has been checked: fragments of the allocator come on top.
-    spread = (0.85, 1.15) if kind == "cpu" else (0.8, 1.3)
-    return replace(made, low=max(certain, int(made.peak * spread[0])), high=int(made.peak * spread[1]))
+    if kind == "cpu":
+        low, high = made.peak * 0.85, made.peak * 1.15
+    else:
+        fixed = sum(kept.values()) - kept["runtime"]
+        low, high = (
+            fixed + r * kept["runtime"] + max(s * sum(sampling.values()), t * sum(learning.values()))
+            for r, s, t in _CUDA_SPREAD
+        )
+    return replace(made, low=max(certain, int(low)), high=int(high))
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,9 +398,9 @@ class _Work:
 
 
 def that_fit(config: Config, model: Model, device: Device) -> list[str]:
-    """Single changes, in words, after which ``config`` can fit; the gentlest first. Empty when none does."""
+    """Single changes, in words, after which ``config`` most likely fits; the gentlest first. Empty when none is enough."""
     changes: list[tuple[str, str, str, object]] = []
-    if config.inference.dtype == "fp32" and device.kind == "cuda":
+    if itemsize_of(config, device.kind) == 4:
         changes.append(('inference.dtype = "bf16"', "inference", "dtype", "bf16"))
     if device.kind == "cuda" and not config.model.quantization:
         changes.append(('model.quantization = "nf4"', "model", "quantization", "nf4"))
@@ -406,7 +415,7 @@ def that_fit(config: Config, model: Model, device: Device) -> list[str]:
             update={section: getattr(config, section).model_copy(update={key: value})}
         )
         made = estimate(changed, model, replace(device, bandwidth=0.0))
-        if made.memory.certain <= device.bytes and not (
+        if made.memory.low <= device.bytes and not (
             found and key == "lora_rank" and "lora_rank" in found[-1]
         ):
             found.append(text)

@@ -3,6 +3,7 @@ whether it will be byte-exact, what the data and the sampler's settings imply.""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -104,6 +105,46 @@ def _came_to_nothing(directory: Path) -> bool:
     except (OSError, ValueError):
         return False
     return facts.get("status") == "failed" and facts.get("step") == 0
+
+
+def anchored(config: Config, toml: Path | None) -> Config:
+    """Paths of inputs made absolute, looked for beside the TOML and then in the working directory, so that the
+    recorded configuration finds them from any folder; ids of models and what does not exist stay as they are, but for
+    ``lora.init_from``: a folder in any case, which may be gone when the run is resumed."""
+
+    def anchor(value: str) -> str:
+        # What cannot be looked at is left to the part that reads it, which names it in its error.
+        with contextlib.suppress(OSError, RuntimeError):
+            for root in (toml.parent if toml else Path.cwd(), Path.cwd()):
+                path = root / Path(value).expanduser()
+                if value and path.exists():
+                    return str(path.resolve())
+        return value
+
+    config = _with(config, "data", path=anchor(config.data.path))
+    config = _with(config, "eval", path=anchor(config.eval.path))
+    for section, key in (("data", "mixture"), ("eval", "suites")):
+        tables = [dict(table) for table in getattr(getattr(config, section), key)]
+        for table in tables:
+            if isinstance(table.get("path"), str):
+                table["path"] = anchor(table["path"])
+        config = _with(config, section, **{key: tuple(tables)})
+    init_from = anchor(config.lora.init_from)
+    with contextlib.suppress(OSError, RuntimeError):
+        if init_from:
+            init_from = str(((toml.parent if toml else Path.cwd()) / Path(init_from).expanduser()).resolve())
+    config = _with(config, "lora", init_from=init_from)
+    config = _with(config, "planning", model=anchor(config.planning.model))
+    if not config.model.model.startswith("retrain/"):
+        config = _with(config, "model", model=anchor(config.model.model))
+    if config.backend.adapter_path:
+        target = expanded(config.backend.adapter_path, "backend.adapter_path").absolute()
+        config = _with(config, "backend", adapter_path=str(target))
+    return config
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
 def check_writable(directory: Path, key: str) -> None:

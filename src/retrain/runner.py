@@ -70,7 +70,7 @@ def execute(
     place = preflight.choose_directory(config, overwrite=overwrite, fork=fork)
     preflight.check_writable(place.directory, "logging.log_dir")
     # Made absolute, so that the recorded configuration finds the same plug-ins from any folder.
-    config = anchored(config, loaded.path)
+    config = preflight.anchored(config, loaded.path)
     config = _with(config, "plugins", search_paths=tuple(str(p.resolve()) for p in loaded.search_paths))
     plugins.add_search_paths(loaded.search_paths)
     preflight.check_plugins(config)
@@ -193,42 +193,6 @@ def _save_adapter(config: Config, directory: Path, parts: Parts) -> None:
         shutil.copyfile(source, temporary)
         temporary.replace(target / source.name)
     log.info("Adapter: %s", target)
-
-
-def anchored(config: Config, toml: Path | None) -> Config:
-    """Paths of inputs made absolute, looked for beside the TOML and then in the working directory, so that the
-    recorded configuration finds them from any folder; ids of models and what does not exist stay as they are, but for
-    ``lora.init_from``: a folder in any case, which may be gone when the run is resumed."""
-
-    def anchor(value: str) -> str:
-        # What cannot be looked at is left to the part that reads it, which names it in its error.
-        with contextlib.suppress(OSError, RuntimeError):
-            for root in (toml.parent if toml else Path.cwd(), Path.cwd()):
-                path = root / Path(value).expanduser()
-                if value and path.exists():
-                    return str(path.resolve())
-        return value
-
-    config = _with(config, "data", path=anchor(config.data.path))
-    config = _with(config, "eval", path=anchor(config.eval.path))
-    for section, key in (("data", "mixture"), ("eval", "suites")):
-        tables = [dict(table) for table in getattr(getattr(config, section), key)]
-        for table in tables:
-            if isinstance(table.get("path"), str):
-                table["path"] = anchor(table["path"])
-        config = _with(config, section, **{key: tuple(tables)})
-    init_from = anchor(config.lora.init_from)
-    with contextlib.suppress(OSError, RuntimeError):
-        if init_from:
-            init_from = str(((toml.parent if toml else Path.cwd()) / Path(init_from).expanduser()).resolve())
-    config = _with(config, "lora", init_from=init_from)
-    config = _with(config, "planning", model=anchor(config.planning.model))
-    if not config.model.model.startswith("retrain/"):
-        config = _with(config, "model", model=anchor(config.model.model))
-    if config.backend.adapter_path:
-        target = preflight.expanded(config.backend.adapter_path, "backend.adapter_path").absolute()
-        config = _with(config, "backend", adapter_path=str(target))
-    return config
 
 
 def _with(config: Config, section: str, **values: Any) -> Config:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from retrain import preflight, runner
+from retrain import preflight
 from retrain.config.load import load
 from retrain.errors import ConfigError, ResumeError
 from retrain.training.build import _check_bounds
@@ -131,10 +131,10 @@ def test_a_run_resumes_when_the_adapter_it_began_with_is_gone(tmp_path, monkeypa
     given = load(toml).config
     for place in (tmp_path / "configs", tmp_path):  # beside the TOML, and in the working directory
         (place / "first").mkdir()
-        before = runner.anchored(given, toml)
+        before = preflight.anchored(given, toml)
         assert before.lora.init_from == str(place / "first")
         (place / "first").rmdir()
-        now = runner.anchored(given, toml)
+        now = preflight.anchored(given, toml)
         assert Path(now.lora.init_from).is_absolute()
         preflight.check_resume(before, now)
     elsewhere = now.model_copy(update={"lora": now.lora.model_copy(update={"init_from": "/second"})})
@@ -153,7 +153,7 @@ def test_another_adapter_to_begin_with_is_refused_while_the_first_is_there(tmp_p
 
 def test_no_adapter_stays_no_adapter():
     config = load({"data": {"source": "arithmetic"}}).config
-    assert runner.anchored(config, None).lora.init_from == ""
+    assert preflight.anchored(config, None).lora.init_from == ""
 
 
 def test_an_eight_bit_cache_is_announced(make_config):

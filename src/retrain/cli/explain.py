@@ -366,7 +366,7 @@ def _references(asked: _Asked) -> tuple[Sequence[Any], dict[str, Any]]:
     import re
 
     from retrain.environments.mixture import training_tasks
-    from retrain.runner import anchored
+    from retrain.preflight import anchored
 
     tasks, _ = training_tasks(anchored(config, asked.loaded.path))
     plain = sum(re.fullmatch(r"-?\d+", t.reference.strip()) is not None for t in tasks)
@@ -388,10 +388,9 @@ def _quick(loaded: LoadedConfig) -> bool:
 
 def _probe(asked: _Asked, advice: list[str]) -> Probe:
     from retrain import preflight
-    from retrain.runner import anchored
     from retrain.training.probe import probe
 
-    config = anchored(asked.loaded.config, asked.loaded.path)
+    config = preflight.anchored(asked.loaded.config, asked.loaded.path)
 
     def check(renderer: Any, tasks: Sequence[Any], held_out: Sequence[Any]) -> None:
         preflight.check_lengths(config, renderer, (*tasks, *held_out), renderer.context_length)
