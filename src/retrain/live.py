@@ -103,7 +103,7 @@ class LiveView:
             return
         while self.pending:
             self._console.print(self.pending.popleft())
-        with self._console._lock:  # pyright: ignore[reportPrivateUsage]
+        with live._lock:  # pyright: ignore[reportPrivateUsage]
             self._rewrapped(live)
             live.refresh()
 

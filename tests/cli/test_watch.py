@@ -55,7 +55,9 @@ def fabricate(tmp_path, monkeypatch):
     time.tzset()
     locks = []
 
-    def make(name, status, steps, *, total=40, lives=False, beat=None, age=1.0, changes=None, every=20, host="here"):
+    def make(
+        name, status, steps, *, total=40, lives=False, beat=None, age=1.0, changes=None, every=20, host="here"
+    ):
         folder = tmp_path / "logs" / name
         folder.mkdir(parents=True)
         started = NOW - 3600
@@ -64,7 +66,9 @@ def fabricate(tmp_path, monkeypatch):
             rows.append(row(step, **(changes(step) if changes else {})))
             if every and (step + 1) % every == 0:
                 rows.append(evaluated(step + 1, 0.25 + 0.005 * step))
-        (folder / layout.METRICS).write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 99, "torn')
+        (folder / layout.METRICS).write_text(
+            "".join(json.dumps(r) + "\n" for r in rows) + '{"step": 99, "torn'
+        )
         facts = {
             "max_steps": total, "host": host, "started": started, "step": steps, "status": status, "pid": 1,
             "heartbeat": NOW - age,
@@ -93,12 +97,31 @@ def fabricate(tmp_path, monkeypatch):
 @pytest.fixture
 def zoo(fabricate):
     """A run of every state."""
-    alarm = {"step": 9, "vital": "truncated_share", "message": "45% of the rollouts were cut.", "advice": "Raise it."}
+    alarm = {
+        "step": 9,
+        "vital": "truncated_share",
+        "message": "45% of the rollouts were cut.",
+        "advice": "Raise it.",
+    }
     device = {"resident": 5 << 30, "device": 41 << 30, "device_peak": 97 << 30, "device_total": 140 << 30}
     fabricate("a-done", "done", 40, age=7200)
-    fabricate("b-running", "running", 12, lives=True, beat={"memory": device, "alarms": 1, "alarm": alarm, "ill": ["truncated_share"]})
-    fabricate("c-slow", "running", 2, lives=True, beat={"moved": NOW - 30, "phase": "learning", "done": None, "asked": None})
-    fabricate("d-hung", "running", 12, lives=True, beat={"moved": NOW - 400, "phase_since": NOW - 405, "done": 127})
+    fabricate(
+        "b-running",
+        "running",
+        12,
+        lives=True,
+        beat={"memory": device, "alarms": 1, "alarm": alarm, "ill": ["truncated_share"]},
+    )
+    fabricate(
+        "c-slow",
+        "running",
+        2,
+        lives=True,
+        beat={"moved": NOW - 30, "phase": "learning", "done": None, "asked": None},
+    )
+    fabricate(
+        "d-hung", "running", 12, lives=True, beat={"moved": NOW - 400, "phase_since": NOW - 405, "done": 127}
+    )
     fabricate("e-silent", "running", 12, lives=True, beat={}, age=95)
     fabricate("f-dead", "running", 12, beat={}, age=95)
     fabricate("g-elsewhere", "running", 3, beat={}, age=100, host="there")
@@ -133,7 +156,8 @@ def test_the_text_is_what_was_agreed(zoo, capsys, name, words):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("status.json", ["status", "--json"]), ("status_run.json", ["status", "logs/b-running", "--json"])]
+    ("name", "words"),
+    [("status.json", ["status", "--json"]), ("status_run.json", ["status", "logs/b-running", "--json"])],
 )
 def test_the_json_is_what_was_agreed(zoo, capfd, name, words):
     assert main(words) == 0
@@ -180,7 +204,10 @@ def test_folders_without_runs_and_wrong_words(fabricate, capsys, tmp_path):
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", '{"status": 3}', '{"status": "running", "heartbeat": "x", "max_steps": "y"}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "null", '{"status": 3}', '{"status": "running", "heartbeat": "x", "max_steps": "y"}'],
+)
 def test_broken_files_end_nothing(fabricate, capsys, content):
     folder = fabricate("a", "running", 3, beat={})
     for name in (layout.RUN, layout.HEARTBEAT, layout.METRICS, layout.TRAINER_STATE):
@@ -199,13 +226,17 @@ def test_fifty_runs_cost_little_and_load_nothing_heavy(tmp_path):
         folder.mkdir(parents=True)
         (folder / layout.METRICS).write_text(lines)
         (folder / layout.RUN).write_text(json.dumps({"status": "done", "max_steps": 1000, "step": 1000}))
-        (folder / layout.HEARTBEAT).write_text(json.dumps({"step": 1000, "alarms": 0, "time": NOW, "tokens": 5}))
+        (folder / layout.HEARTBEAT).write_text(
+            json.dumps({"step": 1000, "alarms": 0, "time": NOW, "tokens": 5})
+        )
     heavy = ("torch", "transformers", "pydantic", "numpy", "rich", "tomlkit", "asyncio")
     code = f"{MAIN}\nprint([m for m in {heavy!r} if m in sys.modules])"
 
     def cost(*arguments):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, done.stdout
 

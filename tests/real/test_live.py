@@ -43,6 +43,7 @@ source = "arithmetic"
 [reward]
 type = "match"
 [eval]
+source = "arithmetic"
 every = 0
 examples = 4
 [logging]
@@ -87,7 +88,12 @@ class Running:
         self.folder, self.screen = folder, Terminal()
         self.master, slave = pty.openpty()
         self.resize(columns)
-        environment = {"TERM": "xterm-256color", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+        environment = {
+            "TERM": "xterm-256color",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONIOENCODING": "utf-8",
+        }
         dropped = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "CI")
         self.child = subprocess.Popen(
             [sys.executable, "-m", "retrain", *words],
@@ -146,7 +152,9 @@ def start(tmp_path):
 
 
 FRAME = re.compile(r"step \d+/\d+ [━╌]+")
-SLOW = CONFIG.replace('type = "match"', 'type = "custom"\ncustom_module = "slow"\ncustom_function = "score"\ntimeout_s = 600.0')
+SLOW = CONFIG.replace(
+    'type = "match"', 'type = "custom"\ncustom_module = "slow"\ncustom_function = "score"\ntimeout_s = 600.0'
+)
 
 
 def test_the_view_stays_below_the_lines_and_leaves_nothing_behind(start):
@@ -225,8 +233,11 @@ def phase_of(folder):
 
 def test_slow_stopped_hanging_and_killed_are_told_apart(start, tmp_path, monkeypatch):
     """A reward that sleeps: the run beats in the middle of its step, whatever that takes."""
-    (tmp_path / "slow.py").write_text("import time\ndef score(response, reference):\n    time.sleep(300)\n    return 0.0\n")
-    run = start(SLOW + '[plugins]\nsearch_paths = ["."]\n', "--plain", "--eval.source", "")
+    (tmp_path / "slow.py").write_text(
+        "import time\ndef score(response, reference):\n    time.sleep(300)\n    return 0.0\n"
+    )
+    config = re.sub(r"\[eval\][^\[]*", "", SLOW) + '[plugins]\nsearch_paths = ["."]\n'
+    run = start(config, "--plain")
     wait_for(lambda: phase_of(tmp_path) == "scoring")
 
     def state():
@@ -256,7 +267,11 @@ def test_slow_stopped_hanging_and_killed_are_told_apart(start, tmp_path, monkeyp
     )
     assert done.stdout == "No runs in logs.\n"
     done = subprocess.run(
-        [sys.executable, "-m", "retrain", "status", "."], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "retrain", "status", "."],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "run is dead: its process is gone; retrain --resume run goes on" in done.stdout
 

@@ -132,7 +132,9 @@ def test_a_run_log_beats_raises_alarms_once_and_recalls_them(tmp_path, caplog):
     log.status("interrupted", step=8)
     log.close()
     assert [alarm.step for alarm in sink.alarms] == [4]
-    assert [r.getMessage() for r in caplog.records if "alarm: " in r.getMessage()] == [f"alarm: {sink.alarms[0].line}"]
+    assert [r.getMessage() for r in caplog.records if "alarm: " in r.getMessage()] == [
+        f"alarm: {sink.alarms[0].line}"
+    ]
     assert (beat()["alarms"], beat()["alarm"]["step"], beat()["evaluation"]["accuracy"]) == (1, 4, 0.5)
 
     log, sink = opened()
@@ -151,11 +153,26 @@ def state_of(folder):
 
 @pytest.mark.parametrize(
     ("still", "usual", "state"),
-    [(100, 1.0, "running"), (130, 1.0, "hung"), (390, 100.0, "running"), (410, 100.0, "hung"), (1700, None, "running"), (1900, None, "hung")],
+    [
+        (100, 1.0, "running"), (130, 1.0, "hung"), (390, 100.0, "running"), (410, 100.0, "hung"),
+        (1700, None, "running"), (1900, None, "hung"),
+    ],
 )  # fmt: skip
 def test_hung_is_much_longer_than_usual(tmp_path, clock, still, usual, state):
-    facts = {"status": "running", "pid": os.getpid(), "started": 5.0, "host": platform.node(), "heartbeat": 10.0}
-    beat = {"pid": os.getpid(), "started": 5.0, "time": 999.0 + 9e5, "moved": 999.0 + 9e5 - still, "usual_s": usual}
+    facts = {
+        "status": "running",
+        "pid": os.getpid(),
+        "started": 5.0,
+        "host": platform.node(),
+        "heartbeat": 10.0,
+    }
+    beat = {
+        "pid": os.getpid(),
+        "started": 5.0,
+        "time": 999.0 + 9e5,
+        "moved": 999.0 + 9e5 - still,
+        "usual_s": usual,
+    }
     clock[0] = 1000.0 + 9e5
     (tmp_path / layout.RUN).write_text(json.dumps(facts))
     (tmp_path / layout.HEARTBEAT).write_text(json.dumps(beat))

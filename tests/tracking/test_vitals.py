@@ -121,7 +121,9 @@ def test_further_ways_of_being_sick(changes, said):
 def test_sure_answers_are_no_collapse_once_the_tasks_are_solved():
     def ends(rate):
         rows = [healthy(step) for step in range(30)]
-        return rows + [healthy(s, entropy_mean=0.005, correct_rate=rate, mean_reward=rate) for s in range(30, 50)]
+        return rows + [
+            healthy(s, entropy_mean=0.005, correct_rate=rate, mean_reward=rate) for s in range(30, 50)
+        ]
 
     assert alarms(ends(0.97)) == []
     assert {alarm.vital for alarm in alarms(ends(0.5))} == {"entropy"}
@@ -205,4 +207,9 @@ def test_recorded_runs_of_the_tiny_model_that_learned_raise_nothing_and_those_th
         if run["label"] == "healthy":
             assert raised == []
         else:
-            assert {alarm.vital for alarm in raised} & {"entropy", "mean_reward", "correct_rate", "silent_share"}
+            assert {alarm.vital for alarm in raised} & {
+                "entropy",
+                "mean_reward",
+                "correct_rate",
+                "silent_share",
+            }

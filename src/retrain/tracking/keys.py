@@ -61,6 +61,7 @@ STEP_KEYS: tuple[tuple[str, str, str], ...] = (
         "approx_kl", "nats",
         "mean of ratio - 1 - log ratio: learner against sampler before the first update, hence about 0",
     ),
+    ("gradient_hash", "", "digest of the first update's gradient, which `retrain replay --learner` reproduces"),
     ("num_updates", "", "optimizer updates of this step"),
     (
         "moved_kl", "nats",
@@ -119,9 +120,9 @@ and the alarms all use these {count} metrics and ranges. An alarm is one line, `
 
 Ranges are judged over the last steps, not over one: shares over at least {rollouts} rollouts or {groups} groups (in a run
 with few of them per step, over up to {window} steps), changes between the first {base} and the last {settled} of the last
-{longest} steps, and only where they are larger than the steps' own noise. What a range is measured on is a number format's
-affair for two of them: where sampler and learner compute in float32 they agree to about 1e-6, in bf16 single tokens differ
-by a tenth and more. Those two are compared with the run's own median.
+{longest} steps, and only where they are larger than the steps' own noise. Two ranges would
+depend on the number format: in float32 sampler and learner agree to about 1e-6, in bf16 single tokens differ by a tenth and
+more. They are therefore also compared with the run's own median, so that a sudden disagreement is seen in both.
 
 ## Core metrics
 
