@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 HOSTILE = (
-    "</script><script>window.owned = 1</script><img src=x onerror=\"window.owned = 2\"> <!-- & \" ' ` ${window.owned = 3}"
+    '</script><script>window.owned = 1</script><img src=x onerror="window.owned = 2"> <!-- & " \' ` ${window.owned = 3}'
     " \u202eevil\u202c \x00\x1b[31m\ufeff\u2028 日本語 مرحبا 👩‍🔬 \ud800"
 )
 
@@ -65,7 +65,8 @@ def evaluation_row(step, accuracy, suites=()):
             f"{prefix}/accuracy": accuracy, f"{prefix}/accuracy_low": max(accuracy - 0.06, 0),
             f"{prefix}/accuracy_high": min(accuracy + 0.06, 1), f"{prefix}/tasks": 256, f"{prefix}/samples": 4,
             f"{prefix}/mean_reward": accuracy, f"{prefix}/mean_length": 210.0, f"{prefix}/max_token_hit_rate": 0.01,
-            f"{prefix}/errors": 0, f"{prefix}/time_s": 4.0, f"{prefix}/pass@1": accuracy, f"{prefix}/pass@4": min(accuracy * 1.4, 1),
+            f"{prefix}/errors": 0, f"{prefix}/time_s": 4.0, f"{prefix}/pass@1": accuracy,
+            f"{prefix}/pass@4": min(accuracy * 1.4, 1),
         }  # fmt: skip
     return row
 
@@ -73,7 +74,9 @@ def evaluation_row(step, accuracy, suites=()):
 def generation(step, member, draw, *, tokens=60, completion=None, **changes):
     """A rollout as generations.jsonl holds it."""
     correct = draw.random() < 0.5
-    words = [f" word{draw.randrange(90)}" for _ in range(tokens - 1)] + [" \\boxed{7}" if correct else " \\boxed{8}"]
+    words = [f" word{draw.randrange(90)}" for _ in range(tokens - 1)] + [
+        " \\boxed{7}" if correct else " \\boxed{8}"
+    ]
     if completion is not None:
         words = [completion[i : i + 3] for i in range(0, len(completion), 3)]
     return {
@@ -108,7 +111,10 @@ def fabricate(
     }  # fmt: skip
     (directory / "run.json").write_text(json.dumps({**run, **(facts or {})}))
     (directory / "events.log").write_text(events)
-    with (directory / "metrics.jsonl").open("w") as metrics, (directory / "emergence/generations.jsonl").open("w") as texts:
+    with (
+        (directory / "metrics.jsonl").open("w") as metrics,
+        (directory / "emergence/generations.jsonl").open("w") as texts,
+    ):
         for step in range(steps):
             if every and step % every == 0:
                 metrics.write(json.dumps(evaluation_row(step, 0.3 + 0.4 * step / steps, suites)) + "\n")
@@ -119,7 +125,10 @@ def fabricate(
                     (step % 5, member), generation(0, member, draw, tokens=tokens)
                 )
                 texts.write(
-                    json.dumps({**pool, "step": step, "task": f"arithmetic/{step}", "prompt": f"What is {step} + 7?"}) + "\n"
+                    json.dumps(
+                        {**pool, "step": step, "task": f"arithmetic/{step}", "prompt": f"What is {step} + 7?"}
+                    )
+                    + "\n"
                 )
         if every:
             metrics.write(json.dumps(evaluation_row(steps, 0.7, suites)) + "\n")

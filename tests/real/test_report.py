@@ -20,7 +20,8 @@ _made = runpy.run_path(str(Path(__file__).with_name("report_runs.py")))
 fabricate, generation, HOSTILE = (_made[name] for name in ("fabricate", "generation", "HOSTILE"))
 
 CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
+    None,
 )
 FLAGS = [
     "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
@@ -142,7 +143,15 @@ def test_a_real_rollout_shows_its_tokens_in_colour_and_their_numbers(browser, tr
 def test_the_filter_filters_by_everything_it_offers(browser, tmp_path, capsys):
     draw = random.Random(1)
     extra = [
-        generation(3, 90, draw, completion="Eureka </b> it is \\boxed{7}", reward=0.25, stop="length", skipped="all cut"),
+        generation(
+            3,
+            90,
+            draw,
+            completion="Eureka </b> it is \\boxed{7}",
+            reward=0.25,
+            stop="length",
+            skipped="all cut",
+        ),
         generation(3, 91, draw, completion="nothing", reward=None, error="Traceback: boom", stop="error"),
     ]
     run = fabricate(tmp_path / "run", 6, generations=4, extra=extra)
@@ -196,11 +205,16 @@ def test_hostile_text_stays_text(browser, tmp_path, capsys):
         error=HOSTILE, parts={HOSTILE: 1.0},
     )  # fmt: skip
     whole = {**evil, "member": 8, "credit": None}
-    config = _made["CONFIG"].format(steps=2).replace('"retrain/tiny"', json.dumps("</title><script>window.owned=4</script>"))
+    config = (
+        _made["CONFIG"]
+        .format(steps=2)
+        .replace('"retrain/tiny"', json.dumps("</title><script>window.owned=4</script>"))
+    )
     events = f"2026-01-01 00:00:00,000 WARNING {HOSTILE.splitlines()[0]}\n"
     run = fabricate(
         tmp_path / "a<b>&\"'", 2, generations=1, extra=[evil, whole], config=config,
-        events=events.encode("utf-8", "replace").decode(), facts={"facts": {HOSTILE: HOSTILE}, "origins": {"model.model": HOSTILE}},
+        events=events.encode("utf-8", "replace").decode(),
+        facts={"facts": {HOSTILE: HOSTILE}, "origins": {"model.model": HOSTILE}},
     )  # fmt: skip
     path = Path(report(capsys, run)["html"])
     opened = Opened(browser, path)
@@ -222,7 +236,9 @@ def test_hostile_text_stays_text(browser, tmp_path, capsys):
 
 def test_nothing_but_its_own_scripts_may_run_or_be_fetched(browser, tmp_path, capsys):
     path = Path(report(capsys, fabricate(tmp_path / "run", 2))["html"])
-    text = path.read_text().replace("</main>", '</main><script>window.owned = 1</script><img src="http://127.0.0.1:9/x.png">')
+    text = path.read_text().replace(
+        "</main>", '</main><script>window.owned = 1</script><img src="http://127.0.0.1:9/x.png">'
+    )
     path.write_text(text)
     opened = Opened(browser, path)
     assert opened.page.evaluate("() => window.owned") is None
@@ -232,7 +248,9 @@ def test_nothing_but_its_own_scripts_may_run_or_be_fetched(browser, tmp_path, ca
 
 
 def test_ten_thousand_steps(browser, tmp_path, capsys):
-    run = fabricate(tmp_path / "run", 10_000, every=500, generations=2, tokens=100, spike=6000, suites=("hard",))
+    run = fabricate(
+        tmp_path / "run", 10_000, every=500, generations=2, tokens=100, spike=6000, suites=("hard",)
+    )
     started = time.process_time()
     made = report(capsys, run)
     assert time.process_time() - started < 60
@@ -241,7 +259,9 @@ def test_ten_thousand_steps(browser, tmp_path, capsys):
     assert 500 < made["rollouts"] < made["rollouts_stored"] == 20_000
     assert made["alarms"] >= 1
     opened = Opened(browser, path)
-    points = opened.page.evaluate("() => document.getElementById('plot-correct_rate').data.map(t => t.x.length)")
+    points = opened.page.evaluate(
+        "() => document.getElementById('plot-correct_rate').data.map(t => t.x.length)"
+    )
     assert points == [1000, 500]
     norms = opened.page.evaluate("() => document.getElementById('plot-grad_norm').data[0].y")
     assert max(norms) == 1000
@@ -269,7 +289,8 @@ def test_it_fits_a_phone_and_can_be_read_in_both_schemes(browser, tmp_path, caps
     contrasts = opened.page.evaluate(_CONTRASTS)
     assert min(contrasts.values()) >= 4.5, contrasts
     nameless = opened.page.evaluate(
-        "() => [...document.querySelectorAll('#filters input, #filters select')].filter(e => !e.labels.length && !e.ariaLabel).length"
+        "() => [...document.querySelectorAll('#filters input, #filters select')]"
+        ".filter(e => !e.labels.length && !e.ariaLabel).length"
     )
     assert nameless == 0
     opened.clean(path)
@@ -285,7 +306,8 @@ _CONTRASTS = """() => {
     return layers.reduce((under, [r, g, b, a = 1]) => [r, g, b].map((v, i) => v * a + under[i] * (1 - a)), [255, 255, 255]);
   };
   const found = {};
-  const all = "h1, h2, p, dt, dd, td, th, a, summary, figcaption, .list span, .tokens span, .readout, kbd, .xtick text, .legendtext";
+  const all = "h1, h2, p, dt, dd, td, th, a, summary, figcaption, .list span, .tokens span, .readout, kbd, .xtick text, "
+    + ".legendtext";
   for (const e of document.querySelectorAll(all)) {
     if (!e.textContent.trim() || !e.getClientRects().length) continue;
     const style = getComputedStyle(e);

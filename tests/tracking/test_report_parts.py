@@ -177,7 +177,13 @@ def test_a_failed_and_resumed_run_says_so(tmp_path):
     made = write(run)
     twin = Path(made["markdown"]).read_text()
     page = Path(made["html"]).read_text()
-    for text in ("failed", "too many rewards failed", "RewardError", "no, because threads were 2 and are 1", "slow disk"):
+    for text in (
+        "failed",
+        "too many rewards failed",
+        "RewardError",
+        "no, because threads were 2 and are 1",
+        "slow disk",
+    ):
         assert text in twin
         assert text in page
     assert "resumed 1 time" in twin
@@ -208,9 +214,19 @@ def test_an_empty_a_dead_and_a_torn_run_have_reports(tmp_path):
     assert write(one)["plots"] > 5
 
 
+def test_a_run_that_goes_on_is_shown_as_running(tmp_path):
+    import fcntl
+
+    run = fabricate(tmp_path / "run", 4, status="running")
+    with (run / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "**Status**: running" in Path(write(run)["markdown"]).read_text()
+    assert "**Status**: dead" in Path(write(run)["markdown"]).read_text()
+
+
 def test_nulls_and_strange_values_break_nothing(tmp_path):
     run = fabricate(tmp_path / "run", 3)
-    row = {key: None for key in step_row(3, 4, random.Random(0))}
+    row = dict.fromkeys(step_row(3, 4, random.Random(0)))
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({**row, "step": 3, "mine/new": 1.5, "rewards/<b>": 2}) + "\n")
         file.write('{"step": 4, "mean_reward": NaN, "condition": 7}\n[1]\n{"no": "step"}\n')

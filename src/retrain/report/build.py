@@ -41,12 +41,17 @@ def write(path: Path, out: Path | None = None, *, megabytes: int = DEFAULT_MB) -
     """
     found = find_runs(path)
     if not found:
-        raise UsageError(f"{path} holds no run.", fix="name a run directory, such as logs/train, or a folder of runs.")
+        raise UsageError(
+            f"{path} holds no run.", fix="name a run directory, such as logs/train, or a folder of runs."
+        )
     target = _target(path, out)
     twin = target.with_suffix(".md")
     runs: list[RunData] = [gather(record) for record in found[:_MOST_RUNS]]
     made = f"Made by retrain {__version__} on {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}"
-    record: dict[str, Any] = {"runs": [str(run.record.path) for run in runs], "left_out": len(found) - len(runs)}
+    record: dict[str, Any] = {
+        "runs": [str(run.record.path) for run in runs],
+        "left_out": len(found) - len(runs),
+    }
     if len(found) == 1:
         data = runs[0]
         plots = figures.plots(data)
@@ -60,7 +65,12 @@ def write(path: Path, out: Path | None = None, *, megabytes: int = DEFAULT_MB) -
         made += f", after {data.done:,} steps; the run was {data.state}."
         text = page.run(data, plots, shown, twin=twin.name, made=made)
         twin_text = markdown.run(data, shown, page=target.name, made=made)
-        record |= {"steps": data.done, "rollouts": len(shown.rows), "rollouts_stored": shown.total, "alarms": len(data.alarms)}
+        record |= {
+            "steps": data.done,
+            "rollouts": len(shown.rows),
+            "rollouts_stored": shown.total,
+            "alarms": len(data.alarms),
+        }
     else:
         plots = figures.overlay(runs, _OVERLAID)
         note = (

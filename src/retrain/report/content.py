@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -57,6 +58,8 @@ def state(data: RunData) -> str:
     """What became of the run, in words."""
     if data.state == "silent":
         return f"running, but silent: no heartbeat for {clock(data.record.heartbeat_age)}"
+    if data.state == "hung":
+        return f"hung: it lives, and nothing has moved for {clock(data.record.still_s)}"
     return _STATES.get(data.state, data.state)
 
 
@@ -67,7 +70,7 @@ def headline(data: RunData) -> list[Fact]:
     notes = [f"resumed {resumed} {'time' if resumed == 1 else 'times'}" if resumed else ""]
     steps = f"{data.done:,} of {asked:,}" if asked is not None else f"{data.done:,}"
     facts = [
-        Fact("Status", state(data), _first_line(data.events.error) if data.state in ("failed", "dead") else ""),
+        Fact("Status", state(data), _why(data)),
         Fact("Steps", steps, "; ".join(filter(None, notes))),
         *_results(data),
         Fact("Condition", data.condition or "n/a", _credit_note(data)),
@@ -78,23 +81,37 @@ def headline(data: RunData) -> list[Fact]:
     sampled = f"{float(np.nansum(tokens)):,.0f} tokens sampled" if tokens is not None else ""
     begun = data.events.begun
     facts.append(Fact("Time in steps and evaluations", clock(data.seconds), sampled))
-    beat = moment(data.facts.get("heartbeat"))
+    beat = moment(time.time() - data.record.heartbeat_age)
     facts.append(
-        Fact("When", f"began {begun} (local)" if begun else beat or "n/a", f"last sign of life {beat}" if beat else "")
+        Fact(
+            "When",
+            f"began {begun} (local)" if begun else beat or "n/a",
+            f"last sign of life {beat}" if beat else "",
+        )
     )
     host = data.facts.get("host")
     facts.append(Fact("Where", str(data.record.path.absolute()), f"on {host}" if host else ""))
     return facts
 
 
+def _why(data: RunData) -> str:
+    if data.state == "silent":
+        return data.record.why_silent
+    return _first_line(data.events.error) if data.state in ("failed", "dead") else ""
+
+
 def _results(data: RunData) -> list[Fact]:
-    known = [(int(row["step"]), found) for row in data.evaluations if (found := data.accuracy(row)) is not None]
+    known = [
+        (int(row["step"]), found) for row in data.evaluations if (found := data.accuracy(row)) is not None
+    ]
     if known:
         (first_at, first), (last_at, last) = known[0], known[-1]
         facts = [Fact("Last evaluation", f"{last[0]:.1%}", f"{_interval(last)}, after {last_at:,} steps")]
         if len(known) > 1:
             gain = 100 * (last[0] - first[0])
-            facts.append(Fact("First evaluation", f"{first[0]:.1%}", f"{_interval(first)}, after {first_at:,} steps"))
+            facts.append(
+                Fact("First evaluation", f"{first[0]:.1%}", f"{_interval(first)}, after {first_at:,} steps")
+            )
             facts.append(Fact("Gain", f"{gain:+.1f} points", "one run: other seeds may differ"))
         return facts
     rate = data.curve("correct_rate")
@@ -105,11 +122,18 @@ def _results(data: RunData) -> list[Fact]:
         return [Fact("Evaluation", "none", "this run holds no evaluation and no rewards")]
     tenth = max(1, len(rate) // 10)
     share = what == "correct rate"
-    ends = (float(np.nanmean(part)) if not np.isnan(part).all() else math.nan for part in (rate[:tenth], rate[-tenth:]))
+    ends = (
+        float(np.nanmean(part)) if not np.isnan(part).all() else math.nan
+        for part in (rate[:tenth], rate[-tenth:])
+    )
     first, last = (number(end, share=share) for end in ends)
     return [
         Fact("Evaluation", "none", "held-out accuracy was not measured"),
-        Fact("Training " + what, last, f"mean of the last {_count(tenth, 'step')}; {first} over the first {tenth}"),
+        Fact(
+            "Training " + what,
+            last,
+            f"mean of the last {_count(tenth, 'step')}; {first} over the first {tenth}",
+        ),
     ]
 
 
@@ -164,7 +188,9 @@ def evaluations(data: RunData) -> Table | None:
             key.rpartition("/")[2]
             for row in data.evaluations
             for key, value in row.items()
-            if key.rpartition("/")[2].startswith(("pass@", "mean@")) and not key.endswith("@1") and value is not None
+            if key.rpartition("/")[2].startswith(("pass@", "mean@"))
+            and not key.endswith("@1")
+            and value is not None
         },
         key=lambda key: (key[:4], int(key[5:]) if key[5:].isdigit() else 0),
     )
@@ -210,9 +236,15 @@ def timing(data: RunData) -> Table | None:
         )
         for label, seconds in found
     )  # fmt: skip
-    held = sum(float(row["eval/time_s"]) for row in data.evaluations if isinstance(row.get("eval/time_s"), int | float))
+    held = sum(
+        float(row["eval/time_s"])
+        for row in data.evaluations
+        if isinstance(row.get("eval/time_s"), int | float)
+    )
     note = f"Evaluations took {clock(held)} more." if held else ""
-    return Table(("Phase", "Total", "Share", "Median step", "Slowest step"), rows, frozenset({1, 2, 3, 4}), note)
+    return Table(
+        ("Phase", "Total", "Share", "Median step", "Slowest step"), rows, frozenset({1, 2, 3, 4}), note
+    )
 
 
 def vitals(data: RunData) -> Table:
@@ -224,8 +256,14 @@ def vitals(data: RunData) -> Table:
         if verdict == "ok" and any(alarm.vital == line.vital.name for alarm in data.alarms):
             verdict = "was outside"
         spread = "n/a" if line.low is None else f"{show(line.low)} to {show(line.high)}"
-        rows.append((line.vital.title, show(line.last), show(line.median), spread, line.vital.healthy, verdict))
-    return Table(("Metric", "Last", "Median", "Lowest to highest", "Healthy", "Verdict"), tuple(rows), frozenset({1, 2, 3}))
+        rows.append(
+            (line.vital.title, show(line.last), show(line.median), spread, line.vital.healthy, verdict)
+        )
+    return Table(
+        ("Metric", "Last", "Median", "Lowest to highest", "Healthy", "Verdict"),
+        tuple(rows),
+        frozenset({1, 2, 3}),
+    )
 
 
 _SPARKED = (
@@ -236,7 +274,11 @@ _SPARKED = (
 
 def curves(data: RunData) -> Table | None:
     """The main curves in characters, for where there are no plots."""
-    more = sorted(key for key in data.columns if key.startswith(("rewards/", "sources/")) and not key.endswith("/groups"))
+    more = sorted(
+        key
+        for key in data.columns
+        if key.startswith(("rewards/", "sources/")) and not key.endswith("/groups")
+    )
     rows: list[tuple[str, ...]] = []
     for key in (*_SPARKED, *more):
         values = data.curve(key)
@@ -246,7 +288,11 @@ def curves(data: RunData) -> Table | None:
         rows.append((key, *(number(v, share=share) for v in _ends(values)), spark(values)))
     if not rows:
         return None
-    return Table(("Metric", "First", "Last", "Lowest", "Highest", "Over the steps"), tuple(rows), frozenset({1, 2, 3, 4}))
+    return Table(
+        ("Metric", "First", "Last", "Lowest", "Highest", "Over the steps"),
+        tuple(rows),
+        frozenset({1, 2, 3, 4}),
+    )
 
 
 def _ends(values: Series) -> tuple[float, ...]:
@@ -260,12 +306,13 @@ def settings(data: RunData) -> tuple[Table | None, Table | None]:
     chosen: list[tuple[str, ...]] = []
     left: list[tuple[str, ...]] = []
     for name, value in _flat(data.config):
-        origin = data.origins.get(name, "")
-        if data.origins and origin in ("", "default"):
+        if data.origins is None:
+            chosen.append((name, value, "not recorded"))
+        elif data.origins.get(name, "default") == "default":
             left.append((name, value))
         else:
-            chosen.append((name, value, origin or "not recorded"))
-    note = "" if data.origins else "This run did not record where its settings came from."
+            chosen.append((name, value, data.origins[name]))
+    note = "" if data.origins is not None else "This run did not record where its settings came from."
     return (
         Table(("Setting", "Value", "From"), tuple(chosen), note=note) if chosen else None,
         Table(("Setting", "Default"), tuple(left)) if left else None,
@@ -276,7 +323,9 @@ def _flat(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for section, table in config.items():
         if isinstance(table, dict):
-            found += [(f"{section}.{key}", _value(value)) for key, value in cast("dict[str, Any]", table).items()]
+            found += [
+                (f"{section}.{key}", _value(value)) for key, value in cast("dict[str, Any]", table).items()
+            ]
         else:
             found.append((section, _value(table)))
     return found
@@ -292,7 +341,11 @@ def _value(value: Any) -> str:
 
 def machine(data: RunData) -> Table | None:
     """Versions, device, code and digests, as the run recorded them."""
-    rows = tuple((key.replace("_", " "), str(value)) for key, value in _recorded(data).items() if value not in ("", None))
+    rows = tuple(
+        (key.replace("_", " "), str(value))
+        for key, value in _recorded(data).items()
+        if value not in ("", None)
+    )
     return Table(("Recorded", "Value"), rows) if rows else None
 
 
@@ -344,7 +397,9 @@ def differing(runs: Sequence[RunData]) -> Table | None:
     flat = [dict(_flat(run.config)) for run in runs]
     names = dict.fromkeys(name for one in flat for name in one if name != "logging.log_dir")
     rows = [
-        (name, *(one.get(name, "unset") for one in flat)) for name in names if len({one.get(name) for one in flat}) > 1
+        (name, *(one.get(name, "unset") for one in flat))
+        for name in names
+        if len({one.get(name) for one in flat}) > 1
     ]
     return Table(("Setting", *(run.record.path.name for run in runs)), tuple(rows)) if rows else None
 

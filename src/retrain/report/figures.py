@@ -64,7 +64,9 @@ def plots(data: RunData) -> list[Plot]:
 
 def _learning(data: RunData) -> list[Plot]:
     correct, reward = data.curve("correct_rate"), data.curve("mean_reward")
-    same = correct is not None and reward is not None and bool(np.array_equal(correct, reward, equal_nan=True))
+    same = (
+        correct is not None and reward is not None and bool(np.array_equal(correct, reward, equal_nan=True))
+    )
     note = " The mean reward is the same curve: rewards are 1 for correct and 0 for wrong." if same else ""
     made = _curve(
         data, "correct_rate", "Correct rate in training", "learning",
@@ -72,7 +74,12 @@ def _learning(data: RunData) -> list[Plot]:
     )  # fmt: skip
     if not same:
         made += _curve(
-            data, "mean_reward", "Mean reward", "learning", [_line("mean reward", reward)], vitals=("mean_reward",)
+            data,
+            "mean_reward",
+            "Mean reward",
+            "learning",
+            [_line("mean reward", reward)],
+            vitals=("mean_reward",),
         )
     return made
 
@@ -103,7 +110,9 @@ def _evaluation(data: RunData) -> list[Plot]:
             )
         )  # fmt: skip
         said.append(f"{name}: {y[0]:.1%} at first, {y[-1]:.1%} at last.")
-    caption = f"Held-out accuracy after so many steps, with 95 % intervals clustered by task. {' '.join(said)}"
+    caption = (
+        f"Held-out accuracy after so many steps, with 95 % intervals clustered by task. {' '.join(said)}"
+    )
     return [Plot("evaluation", "Evaluation", caption, figure, "learning")]
 
 
@@ -132,7 +141,9 @@ def _sources(data: RunData) -> list[Plot]:
         found = [
             Line(key.removeprefix("sources/").removesuffix(f"/{what}"), curve)
             for key in sorted(data.columns)
-            if key.startswith("sources/") and key.endswith(f"/{what}") and (curve := data.curve(key)) is not None
+            if key.startswith("sources/")
+            and key.endswith(f"/{what}")
+            and (curve := data.curve(key)) is not None
         ]
         share = what == "correct_rate"
         made += _curve(data, f"sources_{what}", title, "learning", found, share=share, raw=len(found) <= 3)
@@ -253,7 +264,13 @@ def _time(data: RunData) -> list[Plot]:
         total = sum(float(s.sum()) for _, s in found) or 1.0
         said = ", ".join(f"{label} {float(s.sum()) / total:.1%}" for label, s in found)
         made.append(
-            Plot("timing", "Time of a step", f"Seconds by phase. Over the run: {said}.{_thinned(data)}", figure, "time")
+            Plot(
+                "timing",
+                "Time of a step",
+                f"Seconds by phase. Over the run: {said}.{_thinned(data)}",
+                figure,
+                "time",
+            )
         )
     made += _curve(
         data, "speed", "Sampling speed", "time", [_line("tokens/s", data.curve("tokens_per_second"))],
@@ -294,7 +311,8 @@ def _thinned(data: RunData) -> str:
 
 def _curve(
     data: RunData, name: str, title: str, group: str, lines: Sequence[Line | None], *, share: bool = False,
-    log: bool = False, zero: bool = False, unit: str = "", raw: bool = True, smooth: bool = True, vitals: Sequence[str] = (), note: str = "",
+    log: bool = False, zero: bool = False, unit: str = "", raw: bool = True, smooth: bool = True,
+    vitals: Sequence[str] = (), note: str = "",
 ) -> list[Plot]:  # fmt: skip
     """Raw values, faint, under their trailing mean. Without ``raw`` only the mean, where many curves would blur."""
     known = [line for line in lines if line is not None]
@@ -343,7 +361,9 @@ def _curve(
 
 def _said(line: Line, share: bool, unit: str, *, many: bool) -> str:
     known = line.values[~np.isnan(line.values)]
-    first, last, low, high = (number(float(v), share=share) for v in (known[0], known[-1], known.min(), known.max()))
+    first, last, low, high = (
+        number(float(v), share=share) for v in (known[0], known[-1], known.min(), known.max())
+    )
     name = f"{line.label[:1].upper()}{line.label[1:]}: " if many else ""
     text = f"{name}first {first}, last {last}, from {low} to {high}{f' {unit}' if unit else ''}."
     return text if many else text[:1].upper() + text[1:]
@@ -377,7 +397,7 @@ def _empty(*, share: bool = False, log: bool = False, unit: str = "") -> Any:
         yaxis={
             "zeroline": False, "automargin": True, "type": "log" if log else "linear",
             "tickformat": ".0%" if share else ".0e" if log else None,
-            "autorangeoptions": {"minallowed": 0, "maxallowed": 1} if share else None,
+            "autorangeoptions": {"clipmin": 0, "clipmax": 1} if share else None,
             "title": {"text": unit, "standoff": 6} if unit else None,
         },
     )  # fmt: skip
@@ -404,7 +424,8 @@ def overlay(runs: Sequence[RunData], metrics: Mapping[str, tuple[str, bool, str]
         if known:
             figure.add_trace(
                 _go.Scatter(
-                    x=[row["step"] for row, _ in known], y=_rounded([p for _, (p, _, _) in known]), name=run.record.path.name,
+                    x=[row["step"] for row, _ in known], y=_rounded([p for _, (p, _, _) in known]),
+                    name=run.record.path.name,
                     mode="lines+markers", line={"color": colour, "width": 1.8, "dash": dash}, marker={"size": 5},
                     hovertemplate="%{y:.1%}",
                 )

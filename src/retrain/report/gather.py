@@ -20,7 +20,9 @@ from retrain.tracking import layout
 from retrain.tracking.read import RunRecord, State, lines
 from retrain.tracking.vitals import VITALS, Alarm, Vital, Watch, is_evaluation
 
-_EVENT = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} (DEBUG|INFO|WARNING|ERROR|CRITICAL) (.*)", re.DOTALL)
+_EVENT = re.compile(
+    r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} (DEBUG|INFO|WARNING|ERROR|CRITICAL) (.*)", re.DOTALL
+)
 _RESUMED = re.compile(r"Resuming .* after (\d+) steps from ")
 _DISTINCT = 100
 """Different warnings of events.log that are kept."""
@@ -73,7 +75,8 @@ class RunData:
     state: State
     facts: Mapping[str, Any]
     config: Mapping[str, Any]
-    origins: Mapping[str, str]
+    origins: Mapping[str, str] | None
+    """Where each setting that is no default came from; None for a run that did not record it."""
     condition: str
     uncertainty: str
     steps_S: Series
@@ -104,7 +107,10 @@ class RunData:
     def suites(self) -> list[str]:
         """Prefixes of the evaluations' metrics: ``eval``, and ``eval/<name>`` for a further suite."""
         found = dict.fromkeys(
-            key.removesuffix("/accuracy") for row in self.evaluations for key in row if key.endswith("/accuracy")
+            key.removesuffix("/accuracy")
+            for row in self.evaluations
+            for key in row
+            if key.endswith("/accuracy")
         )
         return list(found)
 
@@ -138,7 +144,9 @@ class RunData:
         steps = self.curve("step_time_s")
         spent = float(np.nansum(steps)) if steps is not None else 0.0
         return spent + sum(
-            float(row["eval/time_s"]) for row in self.evaluations if isinstance(row.get("eval/time_s"), int | float)
+            float(row["eval/time_s"])
+            for row in self.evaluations
+            if isinstance(row.get("eval/time_s"), int | float)
         )
 
 
@@ -236,11 +244,10 @@ def _condition(config: Mapping[str, Any]) -> str:
     )
 
 
-def _origins(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Where each setting came from, as run.json says; empty for a run that did not record it."""
-    found: Any = facts.get("origins") or cast("dict[str, Any]", facts.get("facts") or {}).get("origins")
+def _origins(facts: Mapping[str, Any]) -> dict[str, str] | None:
+    found: Any = facts.get("origins")
     if not isinstance(found, dict):
-        return {}
+        return None
     return {str(key): str(value) for key, value in cast("dict[Any, Any]", found).items()}
 
 

@@ -18,12 +18,16 @@ def run(data: RunData, shown: Shown, *, page: str, made: str) -> str:
     """One run. ``page`` is the name of the HTML file beside this one, ``made`` says when and by which version."""
     lines = [f"# {_text(data.title)}", "", made, ""]
     for fact in content.headline(data):
-        lines.append(f"- **{_text(fact.label)}**: {_text(fact.value)}{f' ({_text(fact.note)})' if fact.note else ''}")
+        lines.append(
+            f"- **{_text(fact.label)}**: {_text(fact.value)}{f' ({_text(fact.note)})' if fact.note else ''}"
+        )
     lines += ["", "## Alarms", ""]
     alarms = content.alarm_lines(data)
     for alarm in alarms:
         still = "outside now" if alarm.now else "over"
-        lines.append(f"- **{_text(alarm.title)}** ({alarm.when}; {still}): {_text(alarm.message)} {_text(alarm.advice)}")
+        lines.append(
+            f"- **{_text(alarm.title)}** ({alarm.when}; {still}): {_text(alarm.message)} {_text(alarm.advice)}"
+        )
     if not alarms:
         lines.append("None.")
     chosen, left = content.settings(data)
@@ -34,8 +38,17 @@ def run(data: RunData, shown: Shown, *, page: str, made: str) -> str:
     ):  # fmt: skip
         lines += ["", f"## {title}", "", *_table(table)]
     if data.events.error:
-        lines += ["", "## Last error", "", *(f"    {line}" for line in visible(data.events.error).splitlines())]
-    text = f"{len(shown.rows):,} of {shown.total:,} stored as text are in {page}." if shown.total else "None were stored as text."
+        lines += [
+            "",
+            "## Last error",
+            "",
+            *(f"    {line}" for line in visible(data.events.error).splitlines()),
+        ]
+    text = (
+        f"{len(shown.rows):,} of {shown.total:,} stored as text are in {page}."
+        if shown.total
+        else "None were stored as text."
+    )
     return "\n".join([*lines, "", "## Rollouts", "", text, ""])
 
 

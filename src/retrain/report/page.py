@@ -55,7 +55,9 @@ def run(data: RunData, plots: Sequence[Plot], shown: Shown, *, twin: str, made: 
     return _page(data.title, "retrain run", parts, plots, made=made, twin=twin, more="".join(elements(shown)))
 
 
-def several(runs: Sequence[RunData], plots: Sequence[Plot], *, title: str, note: str, twin: str, made: str) -> str:
+def several(
+    runs: Sequence[RunData], plots: Sequence[Plot], *, title: str, note: str, twin: str, made: str
+) -> str:
     """The page of several runs."""
     parts = [
         ("runs", "", f'<p class="note">{_text(note)}</p>{_table(content.several(runs))}'),
@@ -135,7 +137,7 @@ def _alarms(data: RunData) -> str:
     if not lines:
         return f'<p class="note">{"No step has completed yet." if not data.done else "None was raised."}</p>'
     items = [
-        f'<li{" class=now" if line.now else ""}><p><strong>{_text(line.title)}</strong> '
+        f"<li{' class=now' if line.now else ''}><p><strong>{_text(line.title)}</strong> "
         f'<span class="when">{_text(line.when)}{"; outside its range now" if line.now else "; over"}</span></p>'
         f"<p>{_text(line.message)} {_text(line.advice)}</p></li>"
         for line in lines
@@ -159,11 +161,15 @@ def _table(table: Table | None) -> str:
         return ""
 
     def cell(i: int, text: str, tag: str) -> str:
-        style = "numeric" if i in table.numeric else {"outside now": "now", "was outside": "was"}.get(text, "")
+        style = (
+            "numeric" if i in table.numeric else {"outside now": "now", "was outside": "was"}.get(text, "")
+        )
         return f"<{tag}{f' class={style}' if style else ''}>{_text(text)}</{tag}>"
 
     head = "".join(cell(i, text, "th") for i, text in enumerate(table.columns))
-    rows = "".join(f"<tr>{''.join(cell(i, text, 'td') for i, text in enumerate(row))}</tr>" for row in table.rows)
+    rows = "".join(
+        f"<tr>{''.join(cell(i, text, 'td') for i, text in enumerate(row))}</tr>" for row in table.rows
+    )
     note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
     return (
         f'<div class="scroll" role="region" aria-label="Table: {_text(table.columns[0])}" tabindex="0"><table><thead><tr>{head}'
@@ -184,15 +190,17 @@ def _record(data: RunData) -> str:
     if data.events.error:
         made.append(f"<h3>Last error</h3><pre>{_text(data.events.error)}</pre>")
     machine = _table(content.machine(data))
-    made.append(f"<h3>Versions, device and digests</h3>{machine}" if machine else '<p class="note">run.json is missing.</p>')
+    made.append(
+        f"<h3>Versions, device and digests</h3>{machine}"
+        if machine
+        else '<p class="note">run.json is missing.</p>'
+    )
     return "".join(made)
 
 
 def _rollouts(data: RunData, shown: Shown) -> str:
     if not shown.rows:
-        return (
-            '<p class="note">No rollout was stored as text: logging.generations is 0, or no step has completed yet.</p>'
-        )
+        return '<p class="note">No rollout was stored as text: logging.generations is 0, or no step has completed yet.</p>'
     left = shown.total - len(shown.rows)
     note = f"All {shown.total:,} rollouts that the run stored as text (the first few of every step)."
     if left:
@@ -218,5 +226,3 @@ def _rollouts(data: RunData, shown: Shown) -> str:
 </form>
 <p class="note" id="rollout-count" aria-live="polite"></p>
 <div class="browser"><div class="list"><ol id="rollout-list"></ol></div><div class="opened" id="rollout-opened"></div></div>"""
-
-

@@ -13,7 +13,7 @@ from typing import Any, cast
 _STEP = re.compile(rb'\{"step": (\d+)[,}]')
 _TOKENS = 4000
 """Tokens of one rollout whose numbers are shown; of a longer one the first three quarters and the last quarter."""
-_SNIPPET = 40
+_SNIPPET = 34
 
 
 @dataclass(slots=True)
@@ -119,7 +119,11 @@ def choose(path: Path, *, budget: int, correct_at: float | None, urgent: Sequenc
                 prompt = str(row.get("prompt", ""))
                 new = prompt not in prompts
                 body = encode(_body(row, prompts.get(prompt, len(prompts))))
-                cost = len(body.encode("utf-8", "surrogatepass")) + (len(encode(prompt).encode()) if new else 0) + 250
+                cost = (
+                    len(body.encode("utf-8", "surrogatepass"))
+                    + (len(encode(prompt).encode()) if new else 0)
+                    + 250
+                )
                 if spent + cost > budget and picked:
                     full = True
                     break
@@ -155,7 +159,8 @@ def _row(row: Mapping[str, Any], bar: float | None) -> list[Any]:
     correct = None if bar is None or not isinstance(reward, int | float) else int(reward > bar)
     completion = str(row.get("completion", ""))
     # The last box of an answer stands at its end, which says more than how it begins.
-    end = " ".join(completion[-4 * _SNIPPET :].split())[-_SNIPPET:]
+    said = " ".join(completion[-4 * _SNIPPET :].split())
+    end = said if len(said) <= _SNIPPET and len(completion) <= 4 * _SNIPPET else f"…{said[-_SNIPPET:]}"
     return [
         row.get("step"), str(row.get("task", "")), row.get("member"), reward, correct, str(row.get("stop", "")),
         1 if row.get("error") else 0, row.get("tokens"), str(row.get("skipped") or ""), row.get("advantage_mean"),

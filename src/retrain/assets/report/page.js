@@ -142,8 +142,10 @@
       const right = make("span");
       right.append(make("span", verdict(row), verdict(row) || "unjudged"), ` ${short(row[REWARD])}`);
       what.append(right);
-      const cut = row[STOP] === "length" ? "cut, " : "";
-      button.append(what, make("span", "end", `${row[TOKENS]} tokens, ${cut}ends: ${visible(row[END])}`));
+      const end = make("span", "end");
+      const cut = row[STOP] === "length" ? ", cut" : "";
+      end.append(make("span", "", visible(row[END])), make("span", "", `${row[TOKENS]} tokens${cut}`));
+      button.append(what, end);
       const item = make("li");
       item.append(button);
       return item;
