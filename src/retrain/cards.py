@@ -28,7 +28,7 @@ import numpy as np
 from retrain.errors import ModelError, UsageError
 
 _MIB = 2**20
-_MATMUL = 512
+_MATMUL = 384
 """Rows and columns of the product that measures a CPU."""
 _TINY = "retrain/tiny"
 USABLE = 0.985
