@@ -395,3 +395,15 @@ def test_the_packaged_model():
     text, spans = renderer.offsets(ids_of(renderer, said))
     assert text == said
     check_spans(text, spans, len(spans))
+
+
+def test_an_answer_is_encoded_alone_and_every_id_can_be_shown():
+    renderer = load_renderer("retrain/tiny")
+    ids = renderer.encode_answer("Wait, let me\n\u00e9\u20ac")
+    assert not set(ids.tolist()) & set(renderer.stop_ids)
+    assert renderer.decode(ids) == "Wait, let me\n\u00e9\u20ac"
+    assert [renderer.shown(i) for i in renderer.stop_ids] == ["<|endoftext|>", "<|im_end|>"]
+    whole = "".join(renderer.shown(i) for i in ids.tolist())
+    assert whole.startswith("Wait, let me\n")
+    assert "\\x" in whole or whole.endswith("\u00e9\u20ac")
+    assert renderer.shown(10**6) == "<1000000>"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from retrain.config.own import named_plugins
 from retrain.config.schema import Config
 from retrain.config.tables import rewards_by_source
 from retrain.environments.mixture import training_tasks
-from retrain.errors import ConfigError, ModelError, PluginError, RetrainError
+from retrain.errors import ConfigError, ModelError, RetrainError
 from retrain.machine import Check, Status
 from retrain.protocols import Renderer, Reward
 from retrain.training import build, dry
@@ -113,7 +112,7 @@ def config_checks(
     checklist.ask("run directory", lambda: _directory(config), str)
     plugins.add_search_paths(loaded.search_paths)
     checklist.ask("plug-ins", lambda: preflight.check_plugins(config), lambda _: _named(config))
-    checklist.ask("trackers", lambda: _trackers(config), str)
+    checklist.ask("trackers", lambda: dry.check_trackers(config), str)
     checklist.ask("start adapter", lambda: check_start_adapter(config), lambda found: "fits" if found else "")
     checklist.ask("base model", lambda: _weights(config), str)
     renderer = checklist.ask("tokenizer", lambda: dry.load_renderer(config), _describe)
@@ -169,28 +168,6 @@ def _directory(config: Config) -> str:
 def _named(config: Config) -> str:
     own = named_plugins(config)
     return ", ".join(f"{kind} {name}" for kind, name in own) if own else "none named"
-
-
-def _trackers(config: Config) -> str:
-    wanted = [*config.logging.trackers, *(["wandb"] if config.logging.wandb_project else [])]
-    for name in wanted:
-        if not plugins.is_own("sink", name) and importlib.util.find_spec(name) is None:
-            raise PluginError(f"tracker {name!r} is not installed.", fix=f'pip install "retrain[{name}]".')
-    if "wandb" in wanted and not _wandb_account():
-        log.warning(
-            "wandb: no account on this machine; run wandb login, set WANDB_API_KEY, or set WANDB_MODE=offline."
-        )
-    return ", ".join(dict.fromkeys(wanted))
-
-
-def _wandb_account() -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        return True
-    with contextlib.suppress(OSError, RuntimeError):
-        return "machine api.wandb.ai" in Path("~/.netrc").expanduser().read_text(
-            encoding="utf-8", errors="replace"
-        )
-    return False
 
 
 def _weights(config: Config) -> str:

@@ -4,11 +4,13 @@ them. Leaves out: learner, sampler, trackers, and every file of a run directory.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 
 from retrain import plugins
 from retrain.algorithms import credit
@@ -17,6 +19,7 @@ from retrain.algorithms.sepa import SepaSchedule
 from retrain.config.own import named_plugins
 from retrain.config.schema import Config
 from retrain.environments.mixture import training_tasks
+from retrain.errors import PluginError
 from retrain.protocols import Environment, Renderer, Reward, TaskSource
 from retrain.training.build import evaluator
 from retrain.training.own_parts import make_environment
@@ -74,6 +77,30 @@ def close(part: object) -> None:
     """Close a part that can be closed."""
     if (end := getattr(part, "close", None)) is not None:
         end()
+
+
+def check_trackers(config: Config) -> str:
+    """Names of the trackers that the run would start; PluginError for one that is not installed, a warning where wandb
+    knows no account. None is started."""
+    wanted = [*config.logging.trackers, *(["wandb"] if config.logging.wandb_project else [])]
+    for name in wanted:
+        if not plugins.is_own("sink", name) and importlib.util.find_spec(name) is None:
+            raise PluginError(f"tracker {name!r} is not installed.", fix=f'pip install "retrain[{name}]".')
+    if "wandb" in wanted and not _wandb_account():
+        log.warning(
+            "wandb: no account on this machine; run wandb login, set WANDB_API_KEY, or set WANDB_MODE=offline."
+        )
+    return ", ".join(dict.fromkeys(wanted))
+
+
+def _wandb_account() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return True
+    with contextlib.suppress(OSError, RuntimeError):
+        return "machine api.wandb.ai" in Path("~/.netrc").expanduser().read_text(
+            encoding="utf-8", errors="replace"
+        )
+    return False
 
 
 class _Warnings(logging.Handler):
