@@ -121,8 +121,8 @@ and the alarms all use these {count} metrics and ranges. An alarm is one line, `
 Ranges are judged over the last steps, not over one: shares over at least {rollouts} rollouts or {groups} groups (in a run
 with few of them per step, over up to {window} steps), changes between the first {base} and the last {settled} of the last
 {longest} steps, and only where they are larger than the steps' own noise. Two ranges would
-depend on the number format: in float32 sampler and learner agree to about 1e-6, in bf16 single tokens differ by a tenth and
-more. They are therefore also compared with the run's own median, so that a sudden disagreement is seen in both.
+depend on the number format: in float32 sampler and learner agree to about 1e-5, in bf16 single tokens differ by a
+hundredth on the embedded model and by more on large ones. They are therefore also compared with the run's own median, so that a sudden disagreement is seen in both.
 
 ## Core metrics
 

@@ -366,12 +366,12 @@ VITALS: tuple[Vital, ...] = (
     ),
     Vital(
         "ratio_gap", "largest |log ratio|", "",
-        "below 0.05 or 10 times its median, and below 1.5 (float32: 0.001, bf16: 0.1 to 1)",
+        "below 0.05 or 10 times its median, and below 1.5 (float32: about 1e-5, bf16: 0.01 and more)",
         "One token is harmless if approx_kl is small; loss.tis_cap bounds such weights.", _ratio_gap, _mismatch,
     ),
     Vital(
         "approx_kl", "sampler-learner KL", "nats/token",
-        "below 0.01, and 1e-4 or 100 times its median (float32: 1e-9, bf16: 1e-4 to 1e-3)",
+        "below 0.01, and 1e-4 or 100 times its median (float32: about 1e-12, bf16: 1e-7 to 1e-3)",
         "What is sampled is not the trained policy: check inference.dtype, inference.kv_cache_dtype and training.top_p.",
         _read("approx_kl"), _divergence,
     ),
