@@ -264,6 +264,21 @@ def test_the_file_stays_within_the_size_that_was_asked_for(tmp_path):
     assert 0 < made["rollouts"] < made["rollouts_stored"]
 
 
+def test_runs_of_one_name_are_told_apart_and_one_without_results_is_shown(tmp_path):
+    for place in ("a/run", "b/run"):
+        fabricate(tmp_path / place, 3)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/metrics.jsonl").write_text(
+        '{"step": 0, "batch_size": 0, "skipped_errors": 1, "approx_kl": 0.0, "correct_rate": null}\n'
+        '{"step": 1, "correct_rate": 0.5}\n' + '{"step": 2, "correct_rate": null}\n' * 30
+    )
+    made = write(tmp_path)
+    twin = Path(made["markdown"]).read_text()
+    assert "| a/run |" in twin
+    assert "| b/run |" in twin
+    assert write(tmp_path / "c")["plots"] > 0
+
+
 def test_the_command_says_where_it_wrote_and_refuses_what_it_cannot_do(tmp_path, capsys):
     run = fabricate(tmp_path / "run", 2)
     assert main(["report", str(run), "--out", str(tmp_path / "deep/er/x.html")]) == 0

@@ -48,5 +48,7 @@ def report(arguments: Sequence[str]) -> int:
         else:
             out.line(f"Wrote {record['html']} ({record['bytes'] / 1e6:.1f} MB) and {record['markdown']}.")
             if record.get("rollouts", 0) < record.get("rollouts_stored", 0):
-                out.line(f"{record['rollouts']:,} of {record['rollouts_stored']:,} rollouts fit; --max-mb N shows more.")
+                out.line(
+                    f"{record['rollouts']:,} of {record['rollouts_stored']:,} rollouts fit; --max-mb N shows more."
+                )
     return 0

@@ -12,8 +12,8 @@ from typing import Any, cast
 import numpy as np
 
 from retrain.report.figures import number, phases, suite_name
-from retrain.report.gather import RunData, clock, moment
-from retrain.report.thinning import Series, spark
+from retrain.report.gather import RunData, clock, labels, moment
+from retrain.report.thinning import Series, known_mean, spark
 
 _ROWS = 60
 """Evaluations in the table; the plot has them all."""
@@ -122,11 +122,7 @@ def _results(data: RunData) -> list[Fact]:
         return [Fact("Evaluation", "none", "this run holds no evaluation and no rewards")]
     tenth = max(1, len(rate) // 10)
     share = what == "correct rate"
-    ends = (
-        float(np.nanmean(part)) if not np.isnan(part).all() else math.nan
-        for part in (rate[:tenth], rate[-tenth:])
-    )
-    first, last = (number(end, share=share) for end in ends)
+    first, last = (number(known_mean(part), share=share) for part in (rate[:tenth], rate[-tenth:]))
     return [
         Fact("Evaluation", "none", "held-out accuracy was not measured"),
         Fact(
@@ -373,16 +369,16 @@ def warnings(data: RunData) -> Table | None:
 def several(runs: Sequence[RunData]) -> Table:
     """One row a run."""
     rows: list[tuple[str, ...]] = []
-    for run in runs:
+    for run, label in zip(runs, labels(runs), strict=True):
         known = [found for row in run.evaluations if (found := run.accuracy(row)) is not None]
         rate = run.curve("correct_rate")
         ill = [line.vital.title for line in run.vitals if line.ill]
         rows.append((
-            run.record.path.name, run.condition or "n/a", str(run.setting("training.seed")), run.state,
+            label, run.condition or "n/a", str(run.setting("training.seed")), run.state,
             f"{run.done:,}" + (f" of {run.max_steps:,}" if run.max_steps is not None else ""),
             f"{known[0][0]:.1%}" if known else "n/a", f"{known[-1][0]:.1%}" if known else "n/a",
             f"{known[-1][1]:.1%} to {known[-1][2]:.1%}" if known else "n/a",
-            number(float(np.nanmean(rate[-max(1, len(rate) // 10) :])), share=True) if rate is not None else "n/a",
+            number(known_mean(rate[-max(1, len(rate) // 10) :]), share=True) if rate is not None else "n/a",
             clock(run.seconds), ", ".join(ill) or "none",
         ))  # fmt: skip
     columns = (
@@ -401,7 +397,7 @@ def differing(runs: Sequence[RunData]) -> Table | None:
         for name in names
         if len({one.get(name) for one in flat}) > 1
     ]
-    return Table(("Setting", *(run.record.path.name for run in runs)), tuple(rows)) if rows else None
+    return Table(("Setting", *labels(runs)), tuple(rows)) if rows else None
 
 
 def _share(value: Any) -> str:

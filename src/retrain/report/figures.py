@@ -10,8 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from retrain.report.gather import RunData
-from retrain.report.thinning import Series, bucket_means, envelope, every_nth, trailing_mean, window_of
+from retrain.report.gather import RunData, labels
+from retrain.report.thinning import (
+    Series,
+    bucket_means,
+    envelope,
+    every_nth,
+    known_mean,
+    trailing_mean,
+    window_of,
+)
 from retrain.tracking.vitals import BY_NAME
 
 # plotly carries no types.
@@ -223,14 +231,14 @@ def _signal(data: RunData) -> list[Plot]:
     for key, label in _REASONS.items():
         found = data.curve(f"skipped_{key}")
         if found is not None and np.nansum(found) > 0:
-            shares.append((label, found / groups))
+            shares.append((label, found / np.where(groups > 0, groups, np.nan)))
     silent = np.nansum(np.array([share for _, share in shares]), axis=0) if shares else np.zeros(len(groups))
     for i, (label, share) in enumerate([("trained", 1 - silent), *shares]):
         colour = PALETTE[(i + 1) % len(PALETTE)] if i else PALETTE[0]
         _bars(figure, data, label, share, colour, "%{y:.1%}")
     figure.update_layout(barmode="stack", bargap=0, yaxis_range=[0, 1])
-    mean = float(np.nanmean(silent)) if len(silent) else 0.0
-    said = ", ".join(f"{label} {float(np.nanmean(share)):.1%}" for label, share in shares) or "none"
+    mean = known_mean(silent)
+    said = ", ".join(f"{label} {known_mean(share):.1%}" for label, share in shares) or "none"
     caption = f"Share of each step's groups that trained, and why the rest did not: {mean:.1%} without signal ({said})."
     _mark(figure, data, ("silent_share",))
     return [Plot("signal", "Groups without signal", caption + _thinned(data), figure, "policy")]
@@ -328,6 +336,8 @@ def _curve(
     for i, line in enumerate(known):
         colour = PALETTE[i % len(PALETTE)]
         values = np.where(line.values > 0, line.values, np.nan) if log else line.values
+        if np.isnan(values).all():
+            continue
         if raw or not smooth:
             x, y = envelope(steps, values, POINTS)
             # Of thinned points only some steps could be pointed at.
@@ -419,13 +429,13 @@ def overlay(runs: Sequence[RunData], metrics: Mapping[str, tuple[str, bool, str]
     colours = _colours(runs)
     made: list[Plot] = []
     figure = _empty(share=True)
-    for run, (colour, dash) in zip(runs, colours, strict=True):
+    for run, label, (colour, dash) in zip(runs, labels(runs), colours, strict=True):
         known = [(row, found) for row in run.evaluations if (found := run.accuracy(row)) is not None]
         if known:
             figure.add_trace(
                 _go.Scatter(
                     x=[row["step"] for row, _ in known], y=_rounded([p for _, (p, _, _) in known]),
-                    name=run.record.path.name,
+                    name=label,
                     mode="lines+markers", line={"color": colour, "width": 1.8, "dash": dash}, marker={"size": 5},
                     hovertemplate="%{y:.1%}",
                 )
@@ -435,7 +445,7 @@ def overlay(runs: Sequence[RunData], metrics: Mapping[str, tuple[str, bool, str]
         made.append(Plot("evaluation", "Evaluation", text, figure, "learning"))
     for key, (title, share, unit) in metrics.items():
         figure = _empty(share=share, unit=unit)
-        for run, (colour, dash) in zip(runs, colours, strict=True):
+        for run, label, (colour, dash) in zip(runs, labels(runs), colours, strict=True):
             values = run.curve(key)
             if values is None:
                 continue
@@ -443,7 +453,7 @@ def overlay(runs: Sequence[RunData], metrics: Mapping[str, tuple[str, bool, str]
             x, y = every_nth(run.steps_S, trailing_mean(values, window), _SMOOTH_POINTS // 2)
             figure.add_trace(
                 _go.Scatter(
-                    x=x.tolist(), y=_rounded(y), name=run.record.path.name, mode="lines" if len(x) > 1 else "markers",
+                    x=x.tolist(), y=_rounded(y), name=label, mode="lines" if len(x) > 1 else "markers",
                     line={"color": colour, "width": 1.8, "dash": dash},
                     hovertemplate="%{y:.1%}" if share else "%{y:.4g}",
                 )

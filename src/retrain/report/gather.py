@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 import tomllib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -188,6 +189,16 @@ def gather(record: RunRecord) -> RunData:
         vitals=tuple(_line(vital, vitals[vital.name], vital.name in ill) for vital in VITALS),
         events=read_events(record.path / layout.EVENTS),
     )
+
+
+def labels(runs: Sequence[RunData]) -> list[str]:
+    """A name for each run: its folder's, or the path below the folder that holds them all where names repeat."""
+    names = [run.record.path.absolute().name for run in runs]
+    if len(set(names)) == len(names):
+        return names
+    paths = [run.record.path.absolute() for run in runs]
+    root = os.path.commonpath(paths)
+    return [path.relative_to(root).as_posix() for path in paths]
 
 
 class _Columns:

@@ -45,7 +45,7 @@ def bucket_means(x_S: Series, y_S: Series, points: int) -> tuple[Series, Series]
     if len(x_S) <= points:
         return x_S, y_S
     edges = _buckets(len(x_S), points)
-    return np.array([x_S[a] for a, _ in edges]), np.array([_mean(y_S[a:b]) for a, b in edges])
+    return np.array([x_S[a] for a, _ in edges]), np.array([known_mean(y_S[a:b]) for a, b in edges])
 
 
 def trailing_mean(y_S: Series, window: int) -> Series:
@@ -82,6 +82,7 @@ def _buckets(length: int, count: int) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in pairwise(edges) if b > a]
 
 
-def _mean(values: Series) -> float:
+def known_mean(values: Series) -> float:
+    """Mean of the known values; NaN where there is none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
