@@ -9,7 +9,7 @@ from typing import Any
 
 from retrain.config import names
 from retrain.config.fields import literal, settings
-from retrain.config.problems import KeyPath, Problem
+from retrain.config.problems import KeyPath, Problem, shown
 from retrain.config.schema import Config
 from retrain.config.tables import used_rewards
 
@@ -37,7 +37,8 @@ def path_of(key: str) -> KeyPath:
 def stated(config: Config, key: str) -> str:
     """The setting as one would write it, marked when it is the default."""
     default = "" if is_given(config, key) else " (the default)"
-    return f"{key} = {literal(get(config, key))}{default}"
+    value = get(config, key)
+    return f"{key} = {shown(value) if isinstance(value, str) else literal(value)}{default}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from retrain.config import names
-from retrain.config.fields import literal
-from retrain.config.problems import KeyPath, Problem, dotted
+from retrain.config.problems import KeyPath, Problem, dotted, shown
 from retrain.config.ranges import (
     Count,
     Levels,
@@ -186,11 +185,11 @@ def _check(path: KeyPath, tables: Sequence[Mapping[str, Any]], model: type[T]) -
         if label in labels:
             yield Problem(
                 (*path, index),
-                f"{'.'.join(map(str, path))}: two tables are called {label!r}.",
+                f"{'.'.join(map(str, path))}: two tables are called {label[:60]!r}.",
                 "give each a name of its own.",
             )
         if "/" in label or not label.isprintable() or not label.strip():
-            yield Problem((*path, index, "name"), f"{label!r} cannot name a curve.", "use a plain word.")
+            yield Problem((*path, index, "name"), f"{label[:60]!r} cannot name a curve.", "use a plain word.")
         labels[label] = index
 
 
@@ -205,7 +204,7 @@ def _idle(path: KeyPath, table: SourceTable) -> Iterator[Problem]:
     for key, because in unread.items():
         if key not in table.model_fields_set:
             continue
-        said = f"{dotted((*path, key))} does nothing with {because} = {literal(getattr(table, because))}."
+        said = f"{dotted((*path, key))} does nothing with {because} = {shown(getattr(table, because))}."
         default: Any = fields[key].get_default(call_default_factory=True)  # pyright: ignore[reportCallIssue]
         if getattr(table, key) == default:
             yield Problem((*path, key), said, note=True)
@@ -228,7 +227,7 @@ def _unknown(path: KeyPath, name: str, kind: str, known: Sequence[str]) -> Itera
         if near
         else f"known: {', '.join(known)}, or your own by its dotted path."
     )
-    yield Problem(path, f"{dotted(path)} = {literal(name)} is unknown.", fix)
+    yield Problem(path, f"{dotted(path)} = {shown(name)} is unknown.", fix)
 
 
 _PLAIN = {
