@@ -83,6 +83,7 @@ def said(
     monkeypatch.setattr(sys, "path", [*sys.path])
 
     def run(*words: str, status: int = 0) -> str:
+        capsys.readouterr()  # what a run in the test itself printed
         found = main([*words])
         captured = capsys.readouterr()
         assert found == status, captured.err
@@ -457,3 +458,22 @@ def test_a_run_reads_its_own_steps_while_it_goes_on(place: Path, tmp_path: Path)
     stop.set()
     thread.join()
     assert wrong == []
+
+
+def test_gradients_with_every_term_of_the_loss_come_back(tmp_path: Path, said: Callable[..., str]) -> None:
+    """What else enters a batch: groups without a signal, masked rollouts, dropout, a fixed denominator, two updates."""
+    path = write(
+        tmp_path, "run",
+        loss={"kind": "ppo", "kl": 0.1, "entropy": 0.01, "agg": "fixed"},
+        lora={"dropout": 0.1},
+        training={
+            "max_steps": 2, "save_every": 1, "updates_per_batch": 2, "truncated": "mask", "max_tokens": 30, "min_signal": 0.9,
+            "max_oversample": 2.0,
+        },
+    )  # fmt: skip
+    execute(load(path), plain=True)
+    record = json.loads(said("replay", str(tmp_path / "run"), "--learner", "--json"))
+    assert [(g["step"], g["outcome"]) for g in record["gradients"]] == [(0, "reproduced"), (1, "reproduced")]
+    groups = [s["groups"] for s in record["steps"]]
+    assert max(groups) > 3  # oversampled
+    assert min(s["own_trains"] for s in record["steps"]) < max(groups)  # and some without a signal

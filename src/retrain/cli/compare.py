@@ -232,7 +232,8 @@ def _difference(record: Mapping[str, Any]) -> list[str]:
         lines += [f"  {line}" for line in _columns(rows, left=2)]
         for name, mean in members["conditions"].items():
             spread = f", from {mean['low']:.1%} to {mean['high']:.1%}" if mean["runs"] > 1 else ""
-            lines.append(f"  {name}: mean {mean['mean']:.1%} of {mean['runs']} runs{spread}")
+            count = f"{mean['runs']} run{'s' if mean['runs'] > 1 else ''}"
+            lines.append(f"  {name}: mean {mean['mean']:.1%} of {count}{spread}")
     return [*lines, "", *(f"note: {note}" for note in record["notes"])] if record["notes"] else lines
 
 
