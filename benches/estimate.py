@@ -5,12 +5,14 @@
 Each case is a real run in a process of its own: sampler, learner, credit, log and checkpoint. The reward is a coin, so
 that every group trains whatever the model answers. Memory on a CPU is the process's largest resident size (VmHWM), on
 CUDA the most that torch's allocator has held. A step's time is the median of all steps but the first; on a CPU it is the
-process's own time, so set OMP_NUM_THREADS=1 and other programs do not count. The estimate is given the lengths that the run had and all else as it stands in the configuration.
+process's own time, so set OMP_NUM_THREADS=1 and other programs do not count. The estimate is given the lengths that the
+run had, and all else as it stands in the configuration.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -82,7 +84,7 @@ def child(text: str) -> None:
     cuda = torch.cuda.is_available() and json.loads(text)["backend"]["devices"] != "cpu"
     print("RESULT " + json.dumps({
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else peak_bytes(), "run_dir": result.run_dir,
-        "cpu_s": [b - a for a, b in zip(ends, ends[1:], strict=False)],
+        "cpu_s": [b - a for a, b in itertools.pairwise(ends)],
     }))  # fmt: skip
 
 
