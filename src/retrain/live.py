@@ -39,7 +39,8 @@ def device_memory() -> dict[str, Any]:
     """Bytes of CUDA memory that torch holds in this process, over all its devices: ``device`` now, ``device_peak`` and
     ``device_total``; empty where torch has not been loaded or has not touched a device."""
     torch: Any = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    # Nothing below calls the driver, which another thread may be recording a graph on.
+    if not hasattr(torch, "cuda") or not torch.cuda.is_initialized():
         return {}
     devices = [d for d in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(d)]
     if not devices:

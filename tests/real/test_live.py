@@ -16,9 +16,11 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from retrain import live
 from retrain.tracking import read
 from retrain.tracking.read import RunRecord
 
@@ -172,6 +174,7 @@ def test_the_view_stays_below_the_lines_and_leaves_nothing_behind(start):
     assert shown.rstrip().endswith("adapter")
 
 
+@pytest.mark.slow
 def test_a_terminal_that_becomes_narrow_gets_short_lines(start):
     run = start(CONFIG.replace("max_steps = 4", "max_steps = 8"))
     run.read_until(lambda s: FRAME.search(s.shown))
@@ -202,6 +205,7 @@ def test_an_error_leaves_the_terminal_clean(start, tmp_path):
     assert "rewards of this step failed" in run.screen.shown
 
 
+@pytest.mark.slow
 def test_plain_prints_lines_and_alarms_once(start, tmp_path):
     config = CONFIG.replace("max_steps = 4", "max_steps = 12").replace("max_tokens = 16", "max_tokens = 4")
     run = start(config, "--plain")
@@ -231,6 +235,7 @@ def phase_of(folder):
         return ""
 
 
+@pytest.mark.slow
 def test_slow_stopped_hanging_and_killed_are_told_apart(start, tmp_path, monkeypatch):
     """A reward that sleeps: the run beats in the middle of its step, whatever that takes."""
     (tmp_path / "slow.py").write_text(
@@ -304,6 +309,19 @@ def test_top_on_a_terminal_leaves_with_q_and_gives_the_screen_back(tmp_path):
         assert "\x1b[?25h" in run.screen.raw
     finally:
         run.close()
+
+
+def test_memory_of_a_device_is_told_where_torch_has_touched_one(monkeypatch):
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True, device_count=lambda: 3, memory_reserved=lambda d: (0, 5, 7)[d],
+        max_memory_reserved=lambda d: (0, 6, 9)[d], get_device_properties=lambda d: SimpleNamespace(total_memory=100),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert live.device_memory() == {"device": 12, "device_peak": 15, "device_total": 200}
+    cuda.is_initialized = lambda: False
+    assert live.device_memory() == {}
+    monkeypatch.delitem(sys.modules, "torch")
+    assert live.device_memory() == {}
 
 
 @pytest.mark.parametrize("command", ["status", "top"])
