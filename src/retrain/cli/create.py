@@ -11,15 +11,19 @@ from retrain.errors import UsageError
 DEFAULT_PATH = "retrain.toml"
 
 USAGE = """\
-Usage: retrain init [PATH] [--template NAME] [--list]
+Usage: retrain init [PATH] [--template NAME | --interactive] [--list]
 
 Writes a configuration to PATH (./retrain.toml). It never overwrites a file.
+
+  --template NAME    which one (default): `retrain init --list` says what each is for
+  --interactive      by a few questions; Ctrl-D leaves and writes nothing
+  --list             names of the templates
 """
 
 
 def init(arguments: Sequence[str]) -> int:
     """The command ``init``."""
-    template, path = "default", ""
+    template, path, asks = "", "", False
     rest = list(arguments)
     while rest:
         word, equals, value = rest.pop(0).partition("=")
@@ -31,14 +35,23 @@ def init(arguments: Sequence[str]) -> int:
                 raise UsageError("--template needs a name.", fix=f"one of {', '.join(templates.TEMPLATES)}.")
             template = value if equals else rest.pop(0)
         elif word == "--interactive":
-            raise UsageError("retrain init --interactive is not in this version.", fix="name a --template.")
+            asks = True
         elif word.startswith("-"):
-            raise UsageError(f"{word} is not an option of init.", fix="use --template NAME or --list.")
+            raise UsageError(f"{word} is not an option of init.", fix="use --template NAME, --interactive or --list.")
         elif path:
             raise UsageError(f"unexpected argument {word!r}.", fix="name one file.")
         else:
             path = word + equals + value
     path = path or DEFAULT_PATH
+    if asks:
+        if template:
+            _check_template(template)
+        if os.path.lexists(path):
+            raise _exists(path)
+        from retrain.cli import interview
+
+        return interview.run(path, template, lambda text: _write(text, path))
+    template = template or "default"
     create(template, path)
     print(f"Wrote {path} (template {template}: {templates.TEMPLATES[template]}).")
     print(f"Next: look through it, then start it with: retrain{'' if path == DEFAULT_PATH else ' ' + path}")
@@ -54,6 +67,11 @@ def listing() -> str:
 
 def create(template: str, path: str) -> None:
     """Write a template to a new file; UsageError when the name is wrong or the file exists."""
+    _check_template(template)
+    _write(templates.read(template), path)
+
+
+def _check_template(template: str) -> None:
     if template in templates.LATER:
         raise UsageError(
             f"template {template!r} is not in this version.", fix=f"use {' or '.join(templates.TEMPLATES)}."
@@ -64,15 +82,22 @@ def create(template: str, path: str) -> None:
         near = difflib.get_close_matches(template, templates.TEMPLATES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use {' or '.join(templates.TEMPLATES)}."
         raise UsageError(f"there is no template {template!r}.", fix=hint)
+
+
+def _exists(path: str) -> UsageError:
+    kind = "a folder" if os.path.isdir(path) else "a file"
+    return UsageError(
+        f"{path}: there already is {kind} of that name, which init never overwrites.",
+        fix="name another one: retrain init other.toml.",
+    )
+
+
+def _write(text: str, path: str) -> None:
     try:
         with open(path, "x", encoding="utf-8") as file:
-            file.write(templates.read(template))
+            file.write(text)
     except FileExistsError as error:
-        kind = "a folder" if os.path.isdir(path) else "a file"
-        raise UsageError(
-            f"{path}: there already is {kind} of that name, which init never overwrites.",
-            fix="name another one: retrain init other.toml.",
-        ) from error
+        raise _exists(path) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UsageError(f"{path}: cannot be written: {reason}.", fix="name another place.") from error

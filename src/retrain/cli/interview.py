@@ -1,0 +1,256 @@
+"""``retrain init --interactive``: a few questions, each answer checked at once, and a configuration that loads."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from retrain.config import names, templates
+from retrain.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from retrain.config.schema import Config
+
+GOALS: dict[str, tuple[str, str]] = {
+    "demo": ("tiny", "see it learn on this machine's CPU, in minutes"),
+    "quickstart": ("quickstart", "check the whole path on a GPU, 20 short steps"),
+    "experiment": ("experiment", "a long run with every setting of SEPA written out"),
+    "robust": ("robust", "a starting point for a real run, to sweep from"),
+    "own": ("robust", "train on my own problems (a JSONL file)"),
+}
+"""What one may want, the template that this starts from, and in words."""
+
+_STOPPED = "Nothing was written."
+
+
+class Stopped(Exception):
+    """The user left: Ctrl-D or Ctrl-C."""
+
+
+def interview(path: str, template: str = "") -> str:
+    """Ask, and return the TOML text for ``path``; ``Stopped`` when the user leaves.
+
+    UsageError where nobody can answer: stdin is not a terminal and holds too few lines.
+    """
+    try:
+        return _interview(path, template)
+    except (EOFError, KeyboardInterrupt):
+        raise Stopped from None
+
+
+def _interview(path: str, template: str) -> str:
+    print(f"A few questions; Enter takes what stands in brackets, Ctrl-D leaves. {path} is written at the end.\n")
+    goal = template
+    if not goal:
+        goal = _choice("What do you want?", {name: text for name, (_, text) in GOALS.items()}, "demo")
+    base = GOALS[goal][0] if goal in GOALS else goal
+    changes: dict[str, Any] = {}
+    folder = os.path.dirname(os.path.abspath(path))
+    if base != "tiny":
+        changes["model.model"] = _ask("Model (Hugging Face id or local folder)", _value(base, "model.model"), _model)
+        changes["backend.devices"] = _ask("Device (gpu:0 or cpu)", "gpu:0", lambda text: _setting("backend.devices", text))
+    if goal == "own":
+        found = _ask("Your JSONL file, one problem a line", "", lambda text: _data(text, folder))
+        changes["data.source"], changes["data.path"] = "jsonl", found
+        changes.update(_fields(os.path.join(folder, os.path.expanduser(found))))
+        changes["eval.source"] = ""
+    rewards = {
+        "math": "the last \\boxed{...} must have the reference's value",
+        "match": "the last \\boxed{...} must equal the reference as text",
+        "custom": "a Python function of mine",
+    }
+    if base != "tiny":
+        changes["reward.type"] = _choice("How is an answer judged?", rewards, "math")
+        if changes["reward.type"] == "custom":
+            changes["reward.custom_module"] = _ask("Module with your function score(response, reference)", "", _module)
+    steps = str(_value(base, "training.max_steps"))
+    changes["training.max_steps"] = _ask("Training steps", steps, lambda text: _setting("training.max_steps", text))
+    trackers = {"none": "files only", **dict.fromkeys(names.BUILT["sink"][1:], "")}
+    tracker = _choice("Experiment tracker besides the run directory?", trackers, "none")
+    if tracker != "none":
+        changes["logging.trackers"] = [tracker]
+    default = "logs/own" if goal == "own" else _value(base, "logging.log_dir")
+    changes["logging.log_dir"] = _ask("Run directory", default, lambda text: _setting("logging.log_dir", text))
+    text = _changed(templates.read(base), changes)
+    _load(text, folder)
+    return text
+
+
+def _input(prompt: str) -> str:
+    answer = input(prompt)
+    if not answer.isprintable():
+        raise ValueError("that holds characters that cannot be shown.")
+    return answer.strip()
+
+
+def _ask(question: str, default: Any, check: Callable[[str], Any]) -> Any:
+    """Ask until ``check`` takes the answer; it returns the value or raises ValueError with what is wrong."""
+    shown = f" [{default}]" if default != "" else ""
+    while True:
+        try:
+            return check(_input(f"{question}{shown}: ") or str(default))
+        except ValueError as error:
+            print(f"  {error}")
+
+
+def _choice(question: str, choices: dict[str, str], default: str) -> str:
+    print(question)
+    for number, (name, text) in enumerate(choices.items(), start=1):
+        print(f"  {number}  {name:<12}{text}".rstrip())
+
+    def check(answer: str) -> str:
+        listed = list(choices)
+        if answer.isdecimal() and 1 <= int(answer) <= len(listed):
+            return listed[int(answer) - 1]
+        fitting = [name for name in listed if answer and name.startswith(answer.lower())]
+        if len(fitting) == 1 or answer.lower() in fitting:
+            return answer.lower() if answer.lower() in fitting else fitting[0]
+        raise ValueError(f"answer with a number from 1 to {len(listed)}, or a name.")
+
+    return _ask("Your choice", default, check)
+
+
+def _value(template: str, key: str) -> Any:
+    """What a template, or else the default, says."""
+    from retrain.config.idle import get
+
+    return get(_template(template), key)
+
+
+def _template(name: str) -> Config:
+    from retrain.config.load import load
+
+    return load(templates.path_of(name)).config
+
+
+def _setting(key: str, text: str) -> Any:
+    """A setting's value from text; ValueError in the loader's own words."""
+    from retrain.config.fields import settings
+    from retrain.config.load import Override, load
+    from retrain.config.options import value_of
+
+    value = value_of(settings()[key], text)
+    try:
+        load({"model": {"model": names.TINY_MODEL}, "data": {"source": "arithmetic"}}, [Override.of(key, value, " ")])
+    except ConfigError as error:
+        lines = [line.removeprefix(" : ").strip() for line in str(error).splitlines()]
+        raise ValueError(next((line for line in lines if key in line), lines[-1])) from None
+    return value
+
+
+def _model(text: str) -> str:
+    if not text or any(c.isspace() for c in text):
+        raise ValueError("that is neither an id such as Qwen/Qwen3-4B-Instruct-2507 nor a folder.")
+    folder = os.path.expanduser(text)
+    if os.path.isdir(folder):
+        if not os.path.exists(os.path.join(folder, "config.json")):
+            raise ValueError(f"{text} holds no config.json, so it is no model.")
+        return text
+    if text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise ValueError(f"there is no folder {text}, and an id has the form name/model.")
+    return _setting("model.model", text)
+
+
+def _data(text: str, folder: str) -> str:
+    """The path as given, when it holds a first row that can be read."""
+    import json
+
+    if not text:
+        raise ValueError("name a file, such as problems.jsonl.")
+    file = os.path.join(folder, os.path.expanduser(text))
+    try:
+        with open(file, encoding="utf-8") as opened:
+            first = next((line for line in opened if line.strip()), "")
+        row = json.loads(first) if first else None
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}.") from None
+    except ValueError:
+        raise ValueError(f"{text}: its first line is not JSON.") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{text}: its first line is not a JSON object.")
+    return text
+
+
+def _fields(file: str) -> dict[str, str]:
+    """Which fields of the first row hold question and answer, asked for where they have other names than ours."""
+    import json
+
+    with open(file, encoding="utf-8") as opened:
+        row: dict[str, Any] = json.loads(next(line for line in opened if line.strip()))
+    found: dict[str, str] = {}
+    for ours, usual in (
+        ("question", ("question", "problem", "prompt", "input")), ("answer", ("answer", "reference", "solution", "output")),
+    ):  # fmt: skip
+        if ours in row:
+            continue
+        likely = next((name for name in usual if name in row), "")
+
+        def check(text: str) -> str:
+            if text not in row:
+                raise ValueError(f"the first row has {', '.join(map(str, row)) or 'no fields'}.")
+            return text
+
+        found[f"data.fields.{ours}"] = _ask(f"Field that holds the {ours}", likely, check)
+    return found
+
+
+def _module(text: str) -> str:
+    if not all(part.isidentifier() for part in text.split(".")):
+        raise ValueError("that is no name of a module; my_reward stands for plugins/my_reward.py.")
+    return text
+
+
+def _changed(text: str, changes: dict[str, Any]) -> str:
+    """The template with other values, its comments kept where they still hold."""
+    import tomlkit
+
+    document: Any = tomlkit.parse(text)
+    fields: dict[str, str] = {}
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        if name.startswith("fields."):
+            fields[name.removeprefix("fields.")] = value
+            continue
+        table = document.setdefault(section, tomlkit.table())
+        if table.get(name) == value:
+            continue
+        table[name] = value
+        table[name].trivia.comment_ws, table[name].trivia.comment = "", ""
+    if fields:
+        inline: Any = tomlkit.inline_table()
+        inline.update(fields)
+        document["data"]["fields"] = inline
+    if changes.get("eval.source") == "":
+        # Held-out tasks of another source say nothing about one's own problems.
+        document.pop("eval", None)
+    return tomlkit.dumps(document).rstrip("\n") + "\n"
+
+
+def _load(text: str, folder: str) -> None:
+    """Prove that the text loads; what does not is a defect of the questions, and is said."""
+    import tempfile
+    from pathlib import Path
+
+    from retrain.config.load import load
+
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "retrain.toml"
+        path.write_text(text, encoding="utf-8")
+        load(path, label=os.path.join(folder, "retrain.toml"))
+
+
+def run(path: str, template: str, create: Callable[[str], None]) -> int:
+    """Ask, write by ``create``, and say what comes next; 130 when the user left."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise UsageError("--interactive asks questions, and there is nobody to answer.", fix="name a --template.")
+    try:
+        text = interview(path, template)
+    except Stopped:
+        print(f"\n{_STOPPED}", file=sys.stderr)
+        return 130
+    create(text)
+    shown = "" if path == "retrain.toml" else f" {path}"
+    print(f"\nWrote {path}.\nNext: retrain explain{shown}, then start it with: retrain{shown}")
+    return 0

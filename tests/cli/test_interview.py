@@ -1,0 +1,149 @@
+"""``retrain init --interactive``, answered line by line, and on a real terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retrain.cli import interview
+from retrain.cli.main import main
+from retrain.config.load import load
+
+OWN = '{"problem": "1 + 1", "solution": "2"}\n'
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, *lines: str) -> list[str]:
+    """Answers in order, then Ctrl-D; returns the list of questions that were asked."""
+    left, asked = list(lines), list[str]()
+
+    def given(prompt: str = "") -> str:
+        asked.append(prompt)
+        if not left:
+            raise EOFError
+        return left.pop(0)
+
+    monkeypatch.setattr("builtins.input", given)
+    return asked
+
+
+SAID: list[tuple[list[str], dict[str, Any]]] = [
+    (["", "", "", ""], {"model.model": "retrain/tiny", "training.max_steps": 60, "logging.log_dir": "logs/demo"}),
+    (["demo", "5", "tensorboard", "runs/a"], {"training.max_steps": 5, "logging.trackers": ("tensorboard",)}),
+    (["2", "", "", "", "7", "", ""], {"training.max_steps": 7, "training.group_size": 8, "reward.type": "math"}),
+    (["exp", "Qwen/Qwen3-0.6B", "gpu:1", "match", "", "", ""], {"model.model": "Qwen/Qwen3-0.6B", "reward.type": "match"}),
+    (
+        ["own", "retrain/tiny", "cpu", "own.jsonl", "", "", "custom", "my_reward", "20", "wandb", ""],
+        {
+            "data.source": "jsonl", "data.path": "own.jsonl", "eval.source": "", "reward.custom_module": "my_reward",
+            "data.fields": {"question": "problem", "answer": "solution"}, "logging.log_dir": "logs/own",
+        },
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lines", "wanted"), SAID)
+def test_answers_become_a_configuration_that_loads(
+    lines: list[str], wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own.jsonl").write_text(OWN)
+    answer(monkeypatch, *lines)
+    assert main(["init", "--interactive", "mine.toml"]) == 0
+    assert "Wrote mine.toml.\nNext: retrain explain mine.toml" in capsys.readouterr().out
+    loaded = load(Path("mine.toml"))
+    for key, value in wanted.items():
+        section, name = key.split(".")
+        assert getattr(getattr(loaded.config, section), name) == value, key
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["7"], "answer with a number from 1 to 5, or a name."),
+        (["demo", "0"], "training.max_steps must be an integer of at least 1, not 0."),
+        (["demo", "many"], "training.max_steps must be an integer of at least 1"),
+        (["own", "a b"], "that is neither an id"),
+        (["own", "./none"], "there is no folder ./none"),
+        (["own", "empty"], "empty holds no config.json, so it is no model."),
+        (["own", "retrain/tiny", "cuda"], 'for example "gpu:0"'),
+        (["own", "retrain/tiny", "cpu", "none.jsonl"], "No such file or directory"),
+        (["own", "retrain/tiny", "cpu", "bad.jsonl"], "its first line is not JSON"),
+        (["own", "retrain/tiny", "cpu", "own.jsonl", "zzz"], "the first row has problem, solution."),
+        (["own", "retrain/tiny", "cpu", "own.jsonl", "", "", "custom", "a-b"], "that is no name of a module"),
+        (["demo\x1b[A"], "characters that cannot be shown"),
+    ],
+)
+def test_a_wrong_answer_is_said_and_asked_again(
+    lines: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own.jsonl").write_text(OWN)
+    Path("bad.jsonl").write_text("no\n")
+    Path("empty").mkdir()
+    before = sorted(os.listdir())
+    asked = answer(monkeypatch, *lines)
+    assert main(["init", "--interactive"]) == 130
+    out = capsys.readouterr()
+    assert said in out.out
+    assert asked[-1] == asked[-2]
+    assert "Nothing was written." in out.err
+    assert sorted(os.listdir()) == before
+
+
+def test_it_asks_nothing_where_a_file_stands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("retrain.toml").write_text("mine")
+    asked = answer(monkeypatch)
+    assert main(["init", "--interactive"]) == 2
+    assert "never overwrites" in capsys.readouterr().err
+    assert asked == []
+    assert Path("retrain.toml").read_text() == "mine"
+
+
+def test_a_template_answers_the_first_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = answer(monkeypatch, "3", "", "")
+    assert main(["init", "--interactive", "--template", "tiny"]) == 0
+    assert load(Path("retrain.toml")).config.training.max_steps == 3
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("goal", interview.GOALS)
+def test_every_goal_keeps_its_template_s_comments(goal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("own.jsonl").write_text('{"question": "1", "answer": "1"}\n')
+    own = ["own.jsonl"] if goal == "own" else []
+    model = [] if goal == "demo" else ["", "", *own, ""]
+    answer(monkeypatch, goal, *model, "", "", "")
+    assert main(["init", "--interactive"]) == 0
+    assert Path("retrain.toml").read_text().count("#") > 5
+
+
+@pytest.mark.parametrize("sent", [b"\x04", b"\x03"])
+def test_a_key_on_a_real_terminal_leaves_nothing(sent: bytes, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "retrain", "init", "--interactive"],
+        cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    seen, end = b"", time.monotonic() + 120
+    while b"Your choice" not in seen and time.monotonic() < end:
+        seen += os.read(ours, 4096)
+    os.write(ours, sent)
+    try:
+        assert child.wait(timeout=120) == 130
+    finally:
+        if child.poll() is None:
+            child.send_signal(signal.SIGKILL)
+        os.close(ours)
+    assert list(tmp_path.iterdir()) == []
