@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from retrain.cli import manual
+from retrain.cli.commands import COMMANDS
 from retrain.cli.main import main
 from retrain.config import templates
 from retrain.config.load import load_config
@@ -40,7 +43,7 @@ def test_init_never_overwrites(capsys: pytest.CaptureFixture[str]) -> None:
         (["--template", "campaign"], "template 'campaign' is not in this version. Fix: "),
         (["--template", "tinny"], "there is no template 'tinny'. Fix: did you mean tiny?"),
         (["--template"], "--template needs a name. Fix: "),
-        (["--interactive"], "retrain init --interactive is not in this version. Fix: "),
+        (["--interactive", "--template", "tinny"], "there is no template 'tinny'. Fix: did you mean tiny?"),
         (["--bad"], "--bad is not an option of init. Fix: "),
         (["a", "b"], "unexpected argument 'b'. Fix: "),
         (["no/such/folder.toml"], "no/such/folder.toml: cannot be written: No such file or directory. Fix: "),
@@ -63,7 +66,10 @@ def test_man_shows_topics_and_hides_its_markers(capsys: pytest.CaptureFixture[st
     assert "<!--" not in whole
     assert main(["man", "--list-topics"]) == 0
     topics = capsys.readouterr().out.split()
-    assert topics == ["overview", "quickstart", "commands", "options", "environment", "exit-codes"]
+    assert topics == [
+        "overview", "quickstart", "commands", "options", "explain", "trace", "doctor", "status", "report", "diff", "why",
+        "replay", "use", "bench", "init", "plugins", "editors", "environment", "exit-codes",
+    ]  # fmt: skip
     parts: list[str] = []
     for topic in topics:
         assert main(["man", f"--topic={topic}"]) == 0
@@ -79,13 +85,76 @@ def test_man_shows_topics_and_hides_its_markers(capsys: pytest.CaptureFixture[st
     [
         (["--topic", "optoins"], "the manual has no topic 'optoins'. Fix: did you mean options?"),
         (["--topic"], "--topic needs a name. Fix: "),
-        (["--json"], "retrain man --json is not in this version. Fix: "),
+        (["--format", "pdf"], "--format pdf is unknown. Fix: there is text, json, html."),
+        (["--format"], "--format needs a name. Fix: "),
+        (["--check", "--sync"], "--check and --sync exclude each other. Fix: "),
+        (["--path=x"], "unexpected argument '--path=x'. Fix: "),
         (["quickstart"], "unexpected argument 'quickstart'. Fix: "),
     ],
 )
 def test_mistakes_of_man(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["man", *words]) == 2
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_the_manual_as_json_and_as_a_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["man", "--json"]) == 0
+    topics = json.loads(capsys.readouterr().out)["topics"]
+    assert [t["name"] for t in topics] == manual.topics()
+    assert all(t["text"] and "<!--" not in t["text"] for t in topics)
+    assert main(["man", "--format=json", "--topic", "status"]) == 0
+    (one,) = json.loads(capsys.readouterr().out)["topics"]
+    assert one in topics
+    assert main(["man", "--list-topics", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"topics": manual.topics()}
+    assert main(["man", "--format", "html"]) == 0
+    page = capsys.readouterr().out
+    seen = _Page()
+    seen.feed(page)
+    assert seen.open == []
+    assert seen.ids == manual.topics()
+    assert seen.links == [f"#{name}" for name in manual.topics()]
+    assert not {"script", "img", "link", "iframe"} & seen.tags
+    assert "http" not in page.partition("</head>")[0]
+    # Nothing of the text is lost, whatever stands in its angle brackets.
+    assert "".join("".join(seen.text).split()).count("<log_dir>/adapter") == 1
+    for line in manual.topic_text("quickstart").splitlines()[1:]:
+        assert "".join(line.replace("`", "").split()) in "".join("".join(seen.text).split())
+
+
+class _Page(HTMLParser):
+    """Tags that are open, ids, links and text of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag != "meta":
+            self.open.append(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.links += [value or "" for name, value in attrs if name == "href"]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_every_command_has_a_help_text_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        assert main([command, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"Usage: retrain {command}"), command
+        assert len(text.splitlines()) > 2, command
+        assert manual.usage_of(command) == text
+        assert all(len(line) <= 130 for line in text.splitlines()), command
 
 
 def test_help_manual_and_reference_page_are_fresh() -> None:

@@ -60,6 +60,9 @@ def _section(prefix: str, model: type[Section]) -> dict[str, Any]:
     for name, field in model.model_fields.items():
         key = f"{prefix}.{field.alias or name}"
         spec = properties[field.alias or name]
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            properties[field.alias or name] = _section(key, field.annotation)
+            continue
         if field.description:
             spec["description"] = field.description
         properties[field.alias or name] = _special(key, spec)
@@ -88,6 +91,8 @@ def _plain(value: Any, definitions: Mapping[str, Any]) -> Any:
                 out[key] = inner
         elif key in ("items", "anyOf", "additionalProperties"):
             out[key] = _plain(inner, definitions)
+        elif key == "minLength" and spec.get("type") == "array":
+            out["minItems"] = inner
         elif key in _KEPT:
             out[key] = inner
     return out
