@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from retrain.cli import completion, scaffold
+from retrain.cli import completion, manual, scaffold
 from retrain.cli.commands import COMMANDS
 from retrain.cli.main import main
 from retrain.config.options import flags
 
+TEXTS = completion.Texts(manual.usage_of, manual.topics(), manual.FORMATS)
 LINES: list[tuple[str, set[str]]] = [
     ("retrain in", {"init", "init-plugin"}),
     ("retrain my.toml --advantage-m", {"--advantage-mode"}),
@@ -43,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "my.toml").touch()
     (tmp_path / "my.txt").touch()
     for shell in completion.SHELLS:
-        (tmp_path / f"c.{shell}").write_text(completion.script(shell))
+        (tmp_path / f"c.{shell}").write_text(completion.script(shell, TEXTS))
     return tmp_path
 
 
@@ -110,7 +111,7 @@ def test_bash_splits_at_an_equals_sign(folder: Path) -> None:
 
 
 def test_what_is_offered_is_what_the_commands_take() -> None:
-    every = {command.name: command for command in completion.commands()}
+    every = {command.name: command for command in completion.commands(TEXTS)}
     assert set(every) == {*COMMANDS, "run"}
     assert {flag.dotted for flag in completion.setting_flags()} <= set(flags())
     assert {"--json", "--checkpoint", "--merged"} <= {flag.name for flag in every["export"].flags}
@@ -123,8 +124,8 @@ def test_what_is_offered_is_what_the_commands_take() -> None:
 
 def test_a_script_is_plain_text_without_expansions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "bash"]) == 0
-    assert capsys.readouterr().out == completion.script("bash")
-    for values in {flag.values for c in completion.commands() for flag in (*c.flags, *completion.setting_flags())}:
+    assert capsys.readouterr().out == completion.script("bash", TEXTS)
+    for values in {flag.values for c in completion.commands(TEXTS) for flag in (*c.flags, *completion.setting_flags())}:
         assert values is None or all(ch.isalnum() or ch in " _-.:<>|@" for ch in values), values
 
 

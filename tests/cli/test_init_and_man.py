@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -145,6 +146,23 @@ class _Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text.append(data)
+
+
+GOLDEN = Path(__file__).with_name("man.txt")
+SHOWN = [
+    ["--list-topics"], ["--topic", "quickstart"], ["--topic", "explain"], ["--topic", "editors"], ["--topic", "environment"],
+    ["--topic", "exit-codes", "--json"], ["--topic", "exit-codes", "--format", "html"],
+]  # fmt: skip
+
+
+def test_the_manual_reads_as_agreed(capsys: pytest.CaptureFixture[str]) -> None:
+    said = ""
+    for words in SHOWN:
+        assert main(["man", *words]) == 0
+        said += f"$ retrain man {' '.join(words)}\n{capsys.readouterr().out}\n"
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(said, encoding="utf-8")
+    assert said == GOLDEN.read_text(encoding="utf-8")
 
 
 def test_every_command_has_a_help_text_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from retrain.cli import manual, scaffold
+from retrain.cli import scaffold
 from retrain.cli.commands import COMMANDS
 from retrain.config import names, own, templates
 from retrain.config.fields import Setting, settings
@@ -36,6 +36,14 @@ _ASKED = {
 }  # fmt: skip
 
 
+class Texts(NamedTuple):
+    """What the manual knows: the help text of a command, and its own topics and formats."""
+
+    usage_of: Callable[[str], str]
+    topics: Sequence[str]
+    formats: Sequence[str]
+
+
 class Flag(NamedTuple):
     """One flag: ``values`` is what may follow it (None: nothing, "": anything), ``dotted`` and ``others``
     are other ways to write it."""
@@ -57,20 +65,21 @@ class Command(NamedTuple):
     argument: str
 
 
-def commands() -> list[Command]:
+def commands(texts: Texts) -> list[Command]:
     """Every command, the run first."""
     run = tuple(Flag(name, None, meaning) for name, meaning in SWITCHES.items())
     first = Command(RUN, "train", (*run, Flag("--help", None, "Help."), Flag("--version", None)), True, CONFIGS)
-    return [first, *(_command(name, meaning) for name, (_, meaning) in COMMANDS.items())]
+    return [first, *(_command(name, meaning, texts) for name, (_, meaning) in COMMANDS.items())]
 
 
-def _command(name: str, meaning: str) -> Command:
-    usage = manual.usage_of(name)
+def _command(name: str, meaning: str, texts: Texts) -> Command:
+    usage = texts.usage_of(name)
     words = {"plugins": _words(names.OPEN), "completion": _words(SHELLS)}
-    return Command(name, meaning, _own_flags(name, usage), "[--flag value" in usage, words.get(name, _ASKED.get(name, "")))
+    argument = words.get(name, _ASKED.get(name, ""))
+    return Command(name, meaning, _own_flags(name, usage, texts), "[--flag value" in usage, argument)
 
 
-def _own_flags(command: str, usage: str) -> tuple[Flag, ...]:
+def _own_flags(command: str, usage: str, texts: Texts) -> tuple[Flag, ...]:
     """Flags that a help text names, with what follows them there; the text after an option is its meaning."""
     known = {alias for key in settings() for alias in (*flags_of(key), f"--{key}")}
     found: dict[str, Flag] = {}
@@ -82,17 +91,17 @@ def _own_flags(command: str, usage: str) -> tuple[Flag, ...]:
         for flag, value in re.findall(r"(--[a-z][a-z-]*)(?:[ =]([A-Z][A-Z|.]*|[a-z]+(?:\|[a-z]+)+)\b)?", text):
             if flag == "--flag" or (flag in known and flag not in found and not listed):
                 continue
-            values = _values_of(command, flag, value) if value else None
+            values = _values_of(command, flag, value, texts) if value else None
             if flag not in found or (meaning and not found[flag].meaning):
                 found[flag] = Flag(flag, values if value else found.get(flag, Flag(flag, None)).values, meaning)
     return (*found.values(), Flag("--help", None, "Help."))
 
 
-def _values_of(command: str, flag: str, value: str) -> str:
+def _values_of(command: str, flag: str, value: str, texts: Texts) -> str:
     special = {
         ("init", "--template"): _words(templates.TEMPLATES), ("explain", "--template"): _words(templates.TEMPLATES),
         ("init-plugin", "--kind"): _words(scaffold.KINDS), ("init-plugin", "--output-dir"): FOLDERS,
-        ("man", "--topic"): _words(manual.topics()), ("man", "--format"): _words(manual.FORMATS),
+        ("man", "--topic"): _words(texts.topics), ("man", "--format"): _words(texts.formats),
         ("eval", "--path"): FILES, ("export", "--dtype"): "auto float32 bf16 float16",
     }  # fmt: skip
     if (command, flag) in special:
@@ -146,9 +155,9 @@ def _words(found: Iterable[str]) -> str:
     return " ".join(found)
 
 
-def script(shell: str) -> str:
+def script(shell: str, texts: Texts) -> str:
     """The script for one of ``SHELLS``."""
-    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell]()
+    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands(texts))
 
 
 def _by_values(flags: Iterable[Flag], prefix: str = "") -> list[tuple[str, str]]:
@@ -249,8 +258,8 @@ def _filled(template: str, every: Sequence[Command], indent: str) -> str:
     return template
 
 
-def _bash() -> str:
-    return _filled(_BASH, commands(), " " * 12)
+def _bash(every: Sequence[Command]) -> str:
+    return _filled(_BASH, every, " " * 12)
 
 
 _ZSH = """\
@@ -320,8 +329,7 @@ fi
 """
 
 
-def _zsh() -> str:
-    every = commands()
+def _zsh(every: Sequence[Command]) -> str:
     described = "\n".join(" " * 12 + shlex.quote(f"{c.name}:{c.meaning}") for c in every if c.name != RUN)
     return _filled(_ZSH, every, " " * 12).replace("@DESCRIBED@", described)
 
@@ -349,8 +357,7 @@ complete -c retrain -f
 """
 
 
-def _fish() -> str:
-    every = commands()
+def _fish(every: Sequence[Command]) -> str:
     lines = [_FISH.replace("@COMMANDS@", _words(c.name for c in every if c.name != RUN)).rstrip()]
     for c in every:
         where = f"-n '__retrain_in {c.name}'"

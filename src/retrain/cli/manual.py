@@ -129,14 +129,14 @@ def schema(arguments: Sequence[str]) -> int:
 
 def completion(arguments: Sequence[str]) -> int:
     """The command ``completion``."""
-    from retrain.cli.completion import SHELLS, script
+    from retrain.cli.completion import SHELLS, Texts, script
 
     if len(arguments) != 1 or arguments[0] not in SHELLS:
         given = f"not {arguments[0]!r}" if len(arguments) == 1 else "and nothing else" if arguments else "which one?"
         raise UsageError(
             f"completion takes the name of a shell, {given}.", fix=f"retrain completion {' or '.join(SHELLS)}."
         )
-    print(script(arguments[0]), end="")
+    print(script(arguments[0], Texts(usage_of, topics(), FORMATS)), end="")
     return 0
 
 

@@ -39,7 +39,12 @@ An array takes a TOML array or a single item. A table takes `key=value`, as ofte
 table; `--data.fields.question prompt` sets one key.
 
 Names are the built-in ones; a name that is known but not built yet is refused with "not in this version".
-A setting that cannot act beside the others is refused or announced when the run starts.
+A setting that cannot act beside the others is refused or announced when the run starts. Where a name says "or your
+own", the dotted path of a [plug-in](plugins.md) may stand.
+
+An editor with a TOML language server (Even Better TOML, Taplo, Tombi) completes and checks all of this while you type:
+`retrain schema --output retrain.schema.json`, and as the first line of the TOML beside it
+`#:schema ./retrain.schema.json`.
 """
 
 
