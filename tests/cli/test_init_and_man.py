@@ -148,7 +148,7 @@ class _Page(HTMLParser):
         self.text.append(data)
 
 
-GOLDEN = Path(__file__).with_name("man.txt")
+GOLDEN = Path(__file__).parent / "golden" / "man.txt"
 SHOWN = [
     ["--list-topics"], ["--topic", "quickstart"], ["--topic", "explain"], ["--topic", "editors"], ["--topic", "environment"],
     ["--topic", "exit-codes", "--json"], ["--topic", "exit-codes", "--format", "html"],
