@@ -152,7 +152,8 @@ def page(played: list[tuple[Scene, str, str]]) -> str:
     ]
     for scene, middle, end in played:
         words = f"\n\n{scene.words}" if scene.words else ""
-        parts.append(f"## {scene.title}{words}\n\n```text\n{middle or end}\n```")
+        shown = f"$ {scene.command}\n...\n{middle}" if middle else end
+        parts.append(f"## {scene.title}{words}\n\n```text\n{shown}\n```")
     return "\n\n".join(parts) + "\n"
 
 

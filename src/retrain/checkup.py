@@ -268,7 +268,7 @@ def _rewards(
     def make() -> Reward:
         made: Reward = plugins.load("reward", "routed")(config, renderer)
         try:
-            build._check_bounds(config, getattr(made, "bounds", None))  # pyright: ignore[reportPrivateUsage]
+            build.check_bounds(config, getattr(made, "bounds", None))
         except RetrainError:
             dry.close(made)
             raise

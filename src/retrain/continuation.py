@@ -187,7 +187,7 @@ def _compare(config: Config, state: Mapping[str, Any], found: _Findings, *, weig
         renderer: Any = parts.renderer
         preflight.check_lengths(config, renderer, (*parts.tasks, *parts.held_out), renderer.context_length)
         dry.check_trackers(config)
-        build._check_bounds(config, getattr(parts.reward, "bounds", None))  # pyright: ignore[reportPrivateUsage]
+        build.check_bounds(config, getattr(parts.reward, "bounds", None))
         now = {**_facts(config, parts), **_learner_facts(config, parts, before, found, weights=weights)}
         preflight.check_model(before, now)
         for name, part in (("tasks", parts.source), ("schedule", parts.schedule)):

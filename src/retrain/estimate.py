@@ -321,7 +321,7 @@ _REACHED = {
     "cpu": _Reached((0.3, 1.1), (0.3, 1.1), (1e-4, 2e-3)),
     "cuda": _Reached((0.25, 0.85), (0.2, 0.65), (0.0, 1e-4)),
 }
-"""On the CPU measured (benches/estimate.py); on CUDA what trainers of this kind publish, from slow to good."""
+"""On the CPU measured (benches/estimate.py); on CUDA assumed: nothing was measured there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,9 @@ class Sink(Protocol):
 
     Called before ``log`` of the same step if it is there: ``generations(step, rows)`` with that step's rows of
     generations.jsonl; at the end ``ended(status)`` with done, interrupted or failed. One with ``replays = True`` is
-    told every earlier row again when a run is resumed, and leaves out what it holds.
+    told every earlier row again when a run is resumed, and leaves out what it holds. ``alarm(alarm)`` with an Alarm of
+    tracking/vitals.py when a core metric leaves its range; ``follow(look)`` once at the start, with a function that
+    answers what the run does now.
     """
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -25,6 +25,8 @@ LIGHT = {
     "demo help": ["-c", MAIN, "demo", "--help"],
     "init-plugin": ["-c", MAIN, "init-plugin", "--kind", "sink", "--name", "my_sink"],
     "page": ["-c", MAIN, "man", "--format", "html"],
+    "status help": ["-c", MAIN, "status", "--help"],
+    "top help": ["-c", MAIN, "top", "--help"],
     "man": ["-c", MAIN, "man"],
     "topic": ["-c", MAIN, "man", "--topic", "options"],
     "init": ["-c", MAIN, "init", "--template", "tiny", "out.toml"],

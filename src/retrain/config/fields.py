@@ -34,14 +34,28 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting: ``key`` is dotted, ``type`` a TOML type, ``accepts`` completes "must be ..."."""
+    """One setting with its dotted ``key``. What it accepts is worked out when it is asked for: most commands never ask."""
 
     key: str
-    type: str
-    accepts: str
-    choices: tuple[str, ...]
     default: Any
     description: str
+    model: type[BaseModel]
+    """The table that holds it."""
+
+    @property
+    def type(self) -> str:
+        """A TOML type, such as "integer" or "array of strings"."""
+        return _words(self.model, self.name.rpartition(".")[2])[0]
+
+    @property
+    def accepts(self) -> str:
+        """Completes "must be ..."."""
+        return _words(self.model, self.name.rpartition(".")[2])[1]
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that it may have, where they are listed."""
+        return _words(self.model, self.name.rpartition(".")[2])[2]
 
     @property
     def section(self) -> str:
@@ -79,24 +93,32 @@ def sections() -> Mapping[str, type[Section]]:
 
 
 def _collect(prefix: str, model: type[BaseModel], found: dict[str, Setting]) -> None:
-    properties = model.model_json_schema()["properties"]
     for name, field in model.model_fields.items():
         key = field.alias or name
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             _collect(f"{prefix}.{key}", field.annotation, found)
             continue
-        spec: dict[str, Any] = properties[key]
-        if "anyOf" in spec:
-            spec = {**spec, **next(s for s in spec["anyOf"] if s.get("type") != "null")}
-        kind = f"array of {_item_type(spec)}s" if spec["type"] == "array" else _TYPES[spec["type"]]
         found[f"{prefix}.{key}"] = Setting(
             key=f"{prefix}.{key}",
-            type=kind,
-            accepts=_accepts(spec),
-            choices=tuple(spec.get("enum", ())),
             default=field.get_default(call_default_factory=True),  # pyright: ignore[reportCallIssue]
             description=field.description or "",
+            model=model,
         )
+
+
+@cache
+def _properties(model: type[BaseModel]) -> Mapping[str, Any]:
+    return model.model_json_schema()["properties"]
+
+
+@cache
+def _words(model: type[BaseModel], key: str) -> tuple[str, str, tuple[str, ...]]:
+    """Type, what is accepted, and the choices of one key of a table."""
+    spec: dict[str, Any] = _properties(model)[key]
+    if "anyOf" in spec:
+        spec = {**spec, **next(s for s in spec["anyOf"] if s.get("type") != "null")}
+    kind = f"array of {_item_type(spec)}s" if spec["type"] == "array" else _TYPES[spec["type"]]
+    return kind, _accepts(spec), tuple(spec.get("enum", ()))
 
 
 def _item_type(spec: Mapping[str, Any]) -> str:

@@ -48,7 +48,10 @@ from retrain.config.ranges import (
 class Section(BaseModel):
     """What every section has in common: strict types, no unknown key, no change after construction."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    # Built when first used: most models are only ever parts of Config.
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True
+    )
 
 
 class Backend(Section):

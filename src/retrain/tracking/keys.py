@@ -122,7 +122,8 @@ Ranges are judged over the last steps, not over one: shares over at least {rollo
 with few of them per step, over up to {window} steps), changes between the first {base} and the last {settled} of the last
 {longest} steps, and only where they are larger than the steps' own noise. Two ranges would
 depend on the number format: in float32 sampler and learner agree to about 1e-5, in bf16 single tokens differ by a
-hundredth on the embedded model and by more on large ones. They are therefore also compared with the run's own median, so that a sudden disagreement is seen in both.
+hundredth on the embedded model and by more on large ones. They are therefore also compared with the run's own median,
+so that a sudden disagreement is seen in both.
 
 ## Core metrics
 

@@ -19,6 +19,8 @@ CHECKPOINTS = "checkpoints"
 TRAINER_STATE = "trainer_state.json"
 ADAPTER = "adapter"
 EVENTS = "events.log"
+REPORTS = ("report.html", "report.md")
+"""What `retrain report` writes unless told otherwise."""
 TRACKER_FILES = "trackers"
 TRACKERS = f"{TRACKER_FILES}/trackers.json"
 """What each experiment tracker holds of the run."""
@@ -68,7 +70,7 @@ def _present(directory: Path, names: tuple[str, ...]) -> list[str]:
 
 def clear(directory: Path) -> None:
     """Remove a run's files, and nothing else, from a directory; its events.log goes on."""
-    for name in (CONFIG, RUN, HEARTBEAT, METRICS, TRAINER_STATE):
+    for name in (CONFIG, RUN, HEARTBEAT, METRICS, TRAINER_STATE, *REPORTS):
         (directory / name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, ROLLOUTS, ADAPTER, Path(STEPS).parent.name):
         shutil.rmtree(directory / name, ignore_errors=True)

@@ -195,7 +195,7 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
         stack.callback(events.close)
         reward = plugins.load("reward", "routed")(config, renderer)
         _close_with(stack, reward)
-        _check_bounds(config, getattr(reward, "bounds", None))
+        check_bounds(config, getattr(reward, "bounds", None))
         environment = make_environment(config, renderer)
         algorithm = credit.build(config, renderer)
         schedule = credit.build_schedule(config)
@@ -252,7 +252,7 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
         )
 
 
-def _check_bounds(config: Config, bounds: tuple[float, float] | None) -> None:
+def check_bounds(config: Config, bounds: tuple[float, float] | None) -> None:
     """ConfigError when rewards of training tasks are known to leave the range that the advantage is derived for."""
     maxrl = config.algorithm.advantage_mode == "maxrl" and not config.algorithm.algorithm_mode
     if maxrl and bounds is not None and not (bounds[0] >= 0 and bounds[1] <= 1):
