@@ -8,11 +8,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers run side by side: more 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs in its background so; children of the tests would inherit it and never see Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def shared_root() -> Path | None:

@@ -9,7 +9,7 @@ import pytest
 from retrain import preflight
 from retrain.config.load import load
 from retrain.errors import ConfigError, ResumeError
-from retrain.training.build import _check_bounds
+from retrain.training.build import check_bounds
 from retrain.types import Message, Task
 
 
@@ -116,10 +116,10 @@ def test_a_revision_of_a_local_folder_is_announced(make_config, tmp_path):
 def test_maxrl_refuses_rewards_known_to_leave_its_range(make_config, algorithm, bounds, refused):
     config = make_config(algorithm=algorithm)
     if not refused:
-        _check_bounds(config, bounds)
+        check_bounds(config, bounds)
         return
     with pytest.raises(ConfigError, match=r"derived for rewards in \[0, 1\]") as caught:
-        _check_bounds(config, bounds)
+        check_bounds(config, bounds)
     assert "reward.parts" not in str(caught.value)
 
 
