@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what runs in its background so; children of the tests would inherit it and never see Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
