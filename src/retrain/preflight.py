@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -72,6 +73,10 @@ def choose_directory(config: Config, *, overwrite: bool, fork: bool) -> Place:
         if not layout.holds_run(directory):
             raise ResumeError(f"{directory} holds no run.", fix="name the log_dir of an earlier run.")
         return Place(directory, "resume")
+    if overwrite and fork:
+        raise ConfigError(
+            "--fork starts beside the run that the log_dir holds, --overwrite replaces it.", fix="give one of them."
+        )
     directory = expanded(config.logging.log_dir, "logging.log_dir")
     if not layout.holds_run(directory):
         taken = layout.would_be_replaced(directory)
@@ -147,10 +152,16 @@ def _with(config: Config, section: str, **values: Any) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
-def check_writable(directory: Path, key: str) -> None:
-    """Make the directory that the setting ``key`` names; ConfigError when it cannot be written."""
+def check_writable(directory: Path, key: str, *, make: bool = True) -> None:
+    """Make the directory that the setting ``key`` names; ConfigError when it cannot be written. Without ``make`` nothing
+    stays: one that is not there is tried by a folder, made and removed, in the nearest one above it."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        if make:
+            directory.mkdir(parents=True, exist_ok=True)
+        elif not directory.is_dir():
+            above = next(p for p in directory.absolute().parents if p.exists())
+            tempfile.TemporaryDirectory(dir=above, prefix=".retrain-").cleanup()
+            return
         probe = directory / ".probe"
         probe.write_text("", encoding="utf-8")
         probe.unlink()
@@ -258,6 +269,24 @@ def inexact_because(
     if reward_errors:
         reasons.append(f"{reward_errors} rewards failed or passed their deadline, which the clock decides")
     return reasons
+
+
+def inexact_on_resume(
+    config: Config,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    step: int,
+    evaluated_at: int,
+    reward_errors: int,
+) -> list[str]:
+    """``inexact_because`` for a run that goes on after ``step`` completed steps and was last evaluated after
+    ``evaluated_at``; each reason once."""
+    reasons = inexact_because(config, before, now, reward_errors)
+    due = step == 0 or (config.eval.every and step % config.eval.every == 0)
+    if evaluated_at == step < config.training.max_steps and not due:
+        reasons.append(f"the evaluation after step {step} was due only at the shorter run's end")
+    return list(dict.fromkeys(reasons))
 
 
 def gib(number: float) -> str:

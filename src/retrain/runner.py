@@ -76,7 +76,7 @@ def execute(
     preflight.check_plugins(config)
     if config.backend.adapter_path:
         preflight.check_writable(Path(config.backend.adapter_path), "backend.adapter_path")
-    with _locked(place.directory), _logging(place.directory, debug=debug):
+    with _locked(place.directory), _logging(place.directory, debug=debug, resuming=place.how == "resume"):
         if place.note:
             log.info(place.note)
         for line in loaded.announcements:
@@ -171,13 +171,13 @@ def _restore(config: Config, parts: Parts) -> int:
     parts.log.cut_rollouts(step)
     parts.checkpoints.discard_after(step)
     log.info("Resuming %s after %d steps from %s.", parts.log.directory, step, path.name)
-    reasons = preflight.inexact_because(config, state["facts"], parts.facts, parts.counters.reward_errors)
-    due = step == 0 or (config.eval.every and step % config.eval.every == 0)
-    if parts.counters.evaluated_at == step < config.training.max_steps and not due:
-        reasons.append(f"the evaluation after step {step} was due only at the shorter run's end")
+    reasons = preflight.inexact_on_resume(
+        config, state["facts"], parts.facts,
+        step=step, evaluated_at=parts.counters.evaluated_at, reward_errors=parts.counters.reward_errors,
+    )  # fmt: skip
     if step >= config.training.max_steps:
         log.info("All %d steps are done: nothing is left to train. --max-steps N goes on to N.", step)
-    parts.facts["inexact"] = reasons = list(dict.fromkeys(reasons))
+    parts.facts["inexact"] = reasons
     log.info("byte-exact: %s", "no, because " + "; ".join(reasons) + "." if reasons else "yes")
     return step
 
@@ -221,7 +221,7 @@ def _locked(directory: Path) -> Generator[None]:
 
 
 @contextmanager
-def _logging(directory: Path, *, debug: bool) -> Generator[None]:
+def _logging(directory: Path, *, debug: bool, resuming: bool) -> Generator[None]:
     """Show the package's log on the console and keep all of it in events.log."""
     file = logging.FileHandler(directory / layout.EVENTS, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -235,7 +235,11 @@ def _logging(directory: Path, *, debug: bool) -> Generator[None]:
     try:
         yield
     except RetrainError as error:
-        log.debug("%s", error, exc_info=error)
+        if resuming and error.exit_code == 2:
+            # A mistake in a command is no event of the run that it was about.
+            log.debug("Not resumed: %s", str(error).replace("\n", " "))
+        else:
+            log.debug("%s", error, exc_info=error)
         raise
     except Exception as error:
         log.debug("bug: %s", error, exc_info=error)

@@ -255,3 +255,25 @@ def test_the_second_signal_stops_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 10
     assert "Stopped at once" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["train", "my.toml"], "retrain my.toml"),
+        (["run"], "retrain my.toml"),
+        (["resume", "logs/a"], "retrain --resume logs/a"),
+    ],
+)
+def test_words_of_other_tools_are_answered(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "there is no command" in error
+    assert hint in error
+    assert error.count("\n") == 1
+
+
+def test_a_run_in_place_of_a_configuration_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert main([str(tmp_path)]) == 2
+    assert f"--resume {tmp_path}" in capsys.readouterr().err

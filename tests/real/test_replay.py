@@ -335,7 +335,7 @@ def test_where_two_runs_part(place: Path, said: Callable[..., str]) -> None:
     widest = max(row["eval/accuracy_high"] - row["eval/accuracy_low"] for row in last)
     assert widest < gap["high"] - gap["low"] < 2 * widest
     text = said("diff", "first", "other")
-    assert "identical up to step 1, which is the first that differs" in text
+    assert "step 1 is the first that differs; everything before it is identical" in text
     assert "One run each: whatever differs here may be the seed." in text
 
 

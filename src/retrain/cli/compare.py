@@ -292,7 +292,7 @@ def _parted(found: Mapping[str, Any]) -> str:
     what = f"the evaluation after {found['step']} steps" if found["evaluation"] else f"step {found['step']}"
     if not found["identical"]:
         return f"from the start: {what} differs"
-    return f"identical up to {what}, which is the first that differs"
+    return f"{what} is the first that differs; everything before it is identical"
 
 
 def _accuracy(entry: Mapping[str, Any] | None) -> str:

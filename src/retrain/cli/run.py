@@ -29,6 +29,8 @@ EXIT_INTERRUPTED = 130
 
 def run(arguments: Sequence[str]) -> int:
     """``retrain [CONFIG] [--flag value ...]``."""
+    if arguments and not arguments[0].startswith("-"):
+        _check_is_file(arguments[0], arguments[1:])
     line = parse(arguments)
     dotenv.load()
     source = _source(line)
@@ -66,12 +68,13 @@ def demo(arguments: Sequence[str]) -> int:
     result = _execute(loaded, line)
     if result.status == "done":
         print(_demo_summary(Path(result.run_dir)))
+        return 0
     return _exit_code(result)
 
 
 def _source(line: CommandLine) -> Source:
     if line.config is not None:
-        _check_is_file(line.config)
+        _check_is_file(line.config, ())
         return Path(line.config)
     resumed = next((o.value for o in line.overrides if o.path == ("resume", "from")), None)
     if resumed:
@@ -86,10 +89,20 @@ def _source(line: CommandLine) -> Source:
     return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
 
 
-def _check_is_file(word: str) -> None:
-    """A word that is neither a file nor looks like a path was most likely meant as a command."""
+def _check_is_file(word: str, rest: Sequence[str]) -> None:
+    """A word that is neither a file nor looks like a path was most likely meant as a command; a folder may be a run."""
+    if os.path.isdir(word) and layout.holds_run(Path(word)):
+        raise UsageError(
+            f"{word} is a run, not a configuration.",
+            fix=f"retrain --resume {word} goes on with it, retrain status {word} and retrain report {word} show it.",
+        )
     if os.path.exists(word) or os.path.basename(word) != word or word.endswith(".toml"):
         return
+    named = next((w for w in rest if not w.startswith("-")), "")
+    if word in ("train", "run"):
+        raise UsageError(f"there is no command {word!r}: a run needs none.", fix=f"retrain {named or 'my.toml'}.")
+    if word == "resume":
+        raise UsageError("there is no command 'resume'.", fix=f"retrain --resume {named or 'logs/my-run'}.")
     import difflib
 
     from retrain.cli.commands import COMMANDS, LATER
@@ -171,6 +184,8 @@ def _execute(loaded: LoadedConfig, line: CommandLine) -> RunResult:
 def _exit_code(result: RunResult) -> int:
     if result.status == "interrupted":
         print(f"Interrupted after {result.steps} steps. Continue with: {_program()} --resume {result.run_dir}")
+    elif result.status == "done":
+        print(f"Look at it: {_program()} report {result.run_dir}, or status, sample, eval, export.")
     return {"done": 0, "failed": 1, "interrupted": EXIT_INTERRUPTED}[result.status]
 
 
@@ -233,7 +248,9 @@ def _demo_summary(directory: Path) -> str:
             f"Run directory: {directory}",
             "Try next:",
             f"  {_program()} demo --transform-mode none --seed 1    another condition or seed",
-            f"  {_program()} init --template quickstart             your own run, on a GPU",
+            f"  {_program()} report {directory!s:<31}    curves and every token's credit, as a page",
+            f"  {_program()} sample {directory!s:<31}    talk to what was trained",
+            f"  {_program()} init --interactive                     your own run",
             f"  {_program()} man                                    everything else",
         ]
     )
