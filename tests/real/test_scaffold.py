@@ -101,7 +101,24 @@ def test_the_printed_lines_and_another_folder(
     assert load(tmp_path / "mine.toml").search_paths[0] == tmp_path / 'a "b"/c'
 
 
+def test_a_folder_in_the_home_directory_is_where_the_loader_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    assert main(["init-plugin", "--kind", "reward", "--name", "mine", "--output-dir", "~/foo bar"]) == 0
+    place = tmp_path / "home" / "foo bar"
+    assert (place / "mine.py").is_file()
+    assert f'search_paths = ["{place}"]' in capsys.readouterr().out
+    assert load(tmp_path / "work" / "mine.toml").search_paths[0] == place
+    assert os.listdir() == ["mine.toml"]
+
+
 WRONG = [
+    (["--kind", "sink", "--name", "x_y", "--output-dir", ""], "--output-dir is empty. Fix: "),
+    (["--kind", "sink", "--name", "x_y", "--output-dir= "], "--output-dir is empty. Fix: "),
+    (["--kind", "sink", "--name", "x_y", "--output-dir", "~nobody-here/x"], "there is no such home directory. Fix: "),
     (["--kind", "transform"], "needs --name"),
     (["--name", "x_y"], "needs --kind"),
     (["--kind", "transfrom", "--name", "x_y"], "did you mean transform?"),

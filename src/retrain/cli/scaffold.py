@@ -65,7 +65,7 @@ def init_plugin(arguments: Sequence[str]) -> int:
     if rest:
         raise UsageError(f"unexpected argument {rest[0]!r}.", fix="`retrain init-plugin --help` lists what there is.")
     kind, name = _kind(own.get("--kind", "")), _name(own.get("--name", ""))
-    folder = own.get("--output-dir", "plugins").rstrip("/") or "/"
+    folder = _folder(own.get("--output-dir", "plugins"))
     added = settings_of(kind, name)
     if os.path.lexists(os.path.join(folder, name)):
         raise _exists(os.path.join(folder, name))  # Python would import that folder instead.
@@ -133,6 +133,16 @@ def _name(name: str) -> str:
             f"there is a module {name!r} already, which Python would import instead.", fix=f"for example --name my_{name}."
         )
     return name
+
+
+def _folder(text: str) -> str:
+    """The folder that ``text`` names, as the loader would read it in plugins.search_paths; UsageError where there is none."""
+    folder = os.path.expanduser(text)
+    if not folder.strip():
+        raise UsageError("--output-dir is empty.", fix="--output-dir plugins, or leave it out.")
+    if folder.startswith("~"):
+        raise UsageError(f"--output-dir {text!r}: there is no such home directory.", fix="write the path in full.")
+    return folder.rstrip("/") or "/"
 
 
 def _asset(kind: str, part: str, name: str) -> str:
