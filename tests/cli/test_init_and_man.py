@@ -43,7 +43,15 @@ def test_init_never_overwrites(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--template", "campaign"], "template 'campaign' is not in this version. Fix: "),
         (["--template", "tinny"], "there is no template 'tinny'. Fix: did you mean tiny?"),
-        (["--template"], "--template needs a name. Fix: "),
+        (["--template"], "--template needs a value. Fix: "),
+        (["--template=", "b.toml"], "--template needs a name. Fix: one of default, "),
+        (["--template", "tiny", "--template", "default"], "--template is given twice. Fix: "),
+        (["--interactive", "--interactive"], "--interactive is given twice. Fix: "),
+        (["--interactive=1"], "--interactive takes no value. Fix: "),
+        ([""], "the name of the file is empty. Fix: name one, or leave it out for retrain.toml."),
+        (["--list", "--nosuch"], "--nosuch is not an option of init. Fix: "),
+        (["a.toml", "--list"], "--list shows the templates and takes no 'a.toml'. Fix: "),
+        (["--list", "--template", "tiny"], "--list shows the templates and takes no '--template'. Fix: "),
         (["--interactive", "--template", "tinny"], "there is no template 'tinny'. Fix: did you mean tiny?"),
         (["--bad"], "--bad is not an option of init. Fix: "),
         (["a", "b"], "unexpected argument 'b'. Fix: "),
@@ -52,7 +60,10 @@ def test_init_never_overwrites(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_mistakes_of_init(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", *words]) == 2
-    assert capsys.readouterr().err.startswith(message)
+    out = capsys.readouterr()
+    assert out.err.startswith(message)
+    assert out.out == ""
+    assert os.listdir() == []
 
 
 def test_init_lists_the_templates(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,11 +96,19 @@ def test_man_shows_topics_and_hides_its_markers(capsys: pytest.CaptureFixture[st
     ("words", "message"),
     [
         (["--topic", "optoins"], "the manual has no topic 'optoins'. Fix: did you mean options?"),
-        (["--topic"], "--topic needs a name. Fix: "),
+        (["--topic"], "--topic needs a value. Fix: "),
+        (["--topic="], "the manual has no topic ''. Fix: "),
         (["--format", "pdf"], "--format pdf is unknown. Fix: there is text, json, html."),
-        (["--format"], "--format needs a name. Fix: "),
+        (["--format"], "--format needs a value. Fix: "),
+        (["--format", "json", "--format", "text"], "--format is given twice. Fix: "),
+        (["--format", "json", "--json"], "--format and --json exclude each other. Fix: "),
+        (["--json", "--path"], "--json and --path exclude each other. Fix: "),
+        (["--path", "--json"], "--path and --json exclude each other. Fix: "),
+        (["--sync", "--topic", "status"], "--sync and --topic exclude each other. Fix: "),
+        (["--list-topics", "--format", "html"], "--list-topics and --format html exclude each other. Fix: "),
+        (["--topic", "status", "--list-topics"], "--topic and --list-topics exclude each other. Fix: "),
         (["--check", "--sync"], "--check and --sync exclude each other. Fix: "),
-        (["--path=x"], "unexpected argument '--path=x'. Fix: "),
+        (["--path=x"], "--path takes no value. Fix: "),
         (["quickstart"], "unexpected argument 'quickstart'. Fix: "),
     ],
 )
@@ -190,3 +209,30 @@ def test_check_and_sync(
     assert main(["man", "--sync"]) == 0
     assert file.read_text(encoding="utf-8") == "fresh\n"
     assert main(["man", "--check"]) == 0
+
+
+@pytest.mark.parametrize("words", [[], ["--check"], ["--sync"], ["--topic", "status"], ["--list-topics", "--json"]])
+def test_a_manual_that_is_gone_is_one_line(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "manual.md"
+    monkeypatch.setattr(manual, "MANUAL", str(gone))
+    assert main(["man", *words]) == 1
+    out = capsys.readouterr()
+    assert out.err == (
+        f"{gone}: cannot be read: No such file or directory. Fix: it is a part of the package: install retrain again.\n"
+    )
+    assert out.out == ""
+
+
+def test_sync_where_nothing_can_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "help.txt"
+    monkeypatch.setattr(manual, "generated", lambda: {str(place): "fresh\n"})
+    assert main(["man", "--sync"]) == 1
+    out = capsys.readouterr()
+    assert out.err.startswith(f"{place}: cannot be written: Not a directory. Fix: ")
+    assert out.err.count("\n") == 1
+    assert out.out == ""

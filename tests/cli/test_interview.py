@@ -16,6 +16,8 @@ import pytest
 from retrain.cli import interview
 from retrain.cli.main import main
 from retrain.config.load import load
+from retrain.environments.sources import load_tasks
+from retrain.preflight import anchored
 
 OWN = '{"problem": "1 + 1", "solution": "2"}\n'
 
@@ -68,6 +70,58 @@ def test_answers_become_a_configuration_that_loads(
         assert getattr(getattr(loaded.config, section), name) == value, key
 
 
+@pytest.mark.parametrize("place", ["own.jsonl", "in/own.jsonl", "in"])
+def test_it_reads_a_file_as_the_run_does(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Path("in/train.jsonl" if place == "in" else place)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(OWN, encoding="utf-8-sig")
+    # The path is looked for beside the TOML, then in the working directory.
+    Path("deep").mkdir()
+    answer(monkeypatch, "own", "retrain/tiny", "cpu", place, "", "", "match", "1", "", "")
+    assert main(["init", "--interactive", "deep/mine.toml"]) == 0
+    config = anchored(load(Path("deep/mine.toml")).config, Path("deep/mine.toml"))
+    assert config.data.fields == {"question": "problem", "answer": "solution"}
+    (task,) = load_tasks(config.data, "train")
+    assert task.reference == "2"
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("nodir/x.toml", "nodir/x.toml: cannot be written: No such file or directory. Fix: "),
+        ("a-file/x.toml", "a-file/x.toml: cannot be written: Not a directory. Fix: "),
+        ("x" * 300, "cannot be written: File name too long. Fix: "),
+    ],
+)
+def test_it_asks_nothing_where_it_could_not_write(
+    path: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("a-file").touch()
+    asked = answer(monkeypatch)
+    assert main(["init", "--interactive", path]) == 2
+    assert said in capsys.readouterr().err
+    assert asked == []
+    assert os.listdir() == ["a-file"]
+
+
+def test_answers_are_shown_where_the_place_went_away_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("place").mkdir()
+    left = ["demo", "5", "", ""]
+
+    def given(prompt: str = "") -> str:
+        if len(left) == 1:
+            Path("place").rmdir()
+        return left.pop(0)
+
+    monkeypatch.setattr("builtins.input", given)
+    assert main(["init", "--interactive", "place/x.toml"]) == 2
+    out = capsys.readouterr()
+    assert "max_steps = 5\n" in out.out
+    assert "cannot be written" in out.err
+
+
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
@@ -78,8 +132,10 @@ def test_answers_become_a_configuration_that_loads(
         (["own", "./none"], "there is no folder ./none"),
         (["own", "empty"], "empty holds no config.json, so it is no model."),
         (["own", "retrain/tiny", "cuda"], 'for example "gpu:0"'),
-        (["own", "retrain/tiny", "cpu", "none.jsonl"], "No such file or directory"),
-        (["own", "retrain/tiny", "cpu", "bad.jsonl"], "its first line is not JSON"),
+        (["own", "retrain/tiny", "cpu", "none.jsonl"], "'none.jsonl': there is no such file or folder."),
+        (["own", "retrain/tiny", "cpu", "bad.jsonl"], "bad.jsonl:1: invalid JSON: "),
+        (["own", "retrain/tiny", "cpu", "list.jsonl"], "list.jsonl:2: not a JSON object."),
+        (["own", "retrain/tiny", "cpu", "blank.jsonl"], "blank.jsonl holds no row."),
         (["own", "retrain/tiny", "cpu", "own.jsonl", "zzz"], "the first row has problem, solution."),
         (["own", "retrain/tiny", "cpu", "own.jsonl", "", "", "custom", "a-b"], "that is no name of a module"),
         (["demo\x1b[A"], "characters that cannot be shown"),
@@ -90,6 +146,8 @@ def test_a_wrong_answer_is_said_and_asked_again(
 ) -> None:
     Path("own.jsonl").write_text(OWN)
     Path("bad.jsonl").write_text("no\n")
+    Path("list.jsonl").write_text("\n[1]\n")
+    Path("blank.jsonl").write_text("\n\n")
     Path("empty").mkdir()
     before = sorted(os.listdir())
     asked = answer(monkeypatch, *lines)

@@ -19,12 +19,35 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-h"], ["help"], ["my.toml", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["help"], ["my.toml", "--help"], ["--lr", "1", "-h"]])
 def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "Usage:" in out
     assert all(name in out for name in (*COMMANDS, *LATER))
+
+
+@pytest.mark.parametrize("words", [["help", "trace"], ["--help", "trace"], ["trace", "-h"], ["help", "trace", "--help"]])
+def test_help_of_a_command_however_it_is_asked(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith("Usage: retrain trace ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["help", "nosuch"], "there is no command 'nosuch'. Fix: `retrain --help` lists the commands.\n"),
+        (["help", "statsu"], "there is no command 'statsu'. Fix: did you mean retrain help status?\n"),
+        (["--help", "statsu"], "there is no command 'statsu'. Fix: did you mean retrain help status?\n"),
+        (["statsu", "--help"], "there is no command 'statsu'. Fix: did you mean retrain help status?\n"),
+        (["train", "-h"], "there is no command 'train': a run needs none. Fix: `retrain --help` says how to start one.\n"),
+        (["help", LATER[0]], f"retrain {LATER[0]} is not in this version. Fix: `retrain --help` lists what is.\n"),
+        (["help", "trace", "init"], "unexpected argument 'init'. Fix: retrain help trace.\n"),
+    ],
+)
+def test_help_of_what_is_no_command(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err == said
 
 
 def test_help_of_commands_and_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from retrain.cli.verb import own_flags
 from retrain.config import templates
 from retrain.errors import UsageError
 
@@ -23,35 +24,32 @@ Writes a configuration to PATH (./retrain.toml). It never overwrites a file.
 
 def init(arguments: Sequence[str]) -> int:
     """The command ``init``."""
-    template, path, asks = "", "", False
-    rest = list(arguments)
-    while rest:
-        word, equals, value = rest.pop(0).partition("=")
-        if word == "--list" and not equals:
-            print(listing())
-            return 0
-        if word == "--template":
-            if not equals and not rest:
-                raise UsageError("--template needs a name.", fix=f"one of {', '.join(templates.TEMPLATES)}.")
-            template = value if equals else rest.pop(0)
-        elif word == "--interactive":
-            asks = True
-        elif word.startswith("-"):
-            raise UsageError(f"{word} is not an option of init.", fix="use --template NAME, --interactive or --list.")
-        elif path:
-            raise UsageError(f"unexpected argument {word!r}.", fix="name one file.")
-        else:
-            path = word + equals + value
-    path = path or DEFAULT_PATH
-    if asks:
-        if template:
-            _check_template(template)
-        if os.path.lexists(path):
-            raise _exists(path)
+    own, rest = own_flags("init", arguments, values=("--template",), switches=("--interactive", "--list"))
+    flags = [word for word in rest if word.startswith("-")]
+    if flags:
+        word = flags[0].partition("=")[0]
+        raise UsageError(f"{word} is not an option of init.", fix="use --template NAME, --interactive or --list.")
+    if "--list" in own:
+        others = [*(flag for flag in own if flag != "--list"), *rest]
+        if others:
+            raise UsageError(f"--list shows the templates and takes no {others[0]!r}.", fix="give one of them.")
+        print(listing())
+        return 0
+    if len(rest) > 1:
+        raise UsageError(f"unexpected argument {rest[1]!r}.", fix="name one file.")
+    if rest and not rest[0].strip():
+        raise UsageError("the name of the file is empty.", fix=f"name one, or leave it out for {DEFAULT_PATH}.")
+    path = rest[0] if rest else DEFAULT_PATH
+    if "--template" in own:
+        _check_template(own["--template"])
+    if "--interactive" in own:
+        # Before the first question: whoever has answered them all must get the file.
+        _write("", path)
+        os.unlink(path)
         from retrain.cli import interview
 
-        return interview.run(path, template, lambda text: _write(text, path))
-    template = template or "default"
+        return interview.run(path, own.get("--template", ""), lambda text: _write(text, path))
+    template = own.get("--template", "default")
     create(template, path)
     print(f"Wrote {path} (template {template}: {templates.TEMPLATES[template]}).")
     print(f"Next: look through it, then start it with: retrain{'' if path == DEFAULT_PATH else ' ' + path}")
@@ -72,6 +70,8 @@ def create(template: str, path: str) -> None:
 
 
 def _check_template(template: str) -> None:
+    if not template:
+        raise UsageError("--template needs a name.", fix=f"one of {', '.join(templates.TEMPLATES)}.")
     if template in templates.LATER:
         raise UsageError(
             f"template {template!r} is not in this version.", fix=f"use {' or '.join(templates.TEMPLATES)}."

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from retrain.config import names, templates
-from retrain.errors import ConfigError, UsageError
+from retrain.errors import ConfigError, DataError, UsageError
 
 if TYPE_CHECKING:
     from retrain.config.schema import Config
@@ -54,7 +54,7 @@ def _interview(path: str, template: str) -> str:
     if goal == "own":
         found = _ask("Your JSONL file, one problem a line", "", lambda text: _data(text, folder))
         changes["data.source"], changes["data.path"] = "jsonl", found
-        changes.update(_fields(os.path.join(folder, os.path.expanduser(found))))
+        changes.update(_fields(_first_row(found, folder)))
         changes["eval.source"] = ""
     rewards = {
         "math": "the last \\boxed{...} must have the reference's value",
@@ -155,30 +155,31 @@ def _model(text: str) -> str:
 
 def _data(text: str, folder: str) -> str:
     """The path as given, when it holds a first row that can be read."""
-    import json
-
     if not text:
         raise ValueError("name a file, such as problems.jsonl.")
-    file = os.path.join(folder, os.path.expanduser(text))
-    try:
-        with open(file, encoding="utf-8") as opened:
-            first = next((line for line in opened if line.strip()), "")
-        row = json.loads(first) if first else None
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}.") from None
-    except ValueError:
-        raise ValueError(f"{text}: its first line is not JSON.") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{text}: its first line is not a JSON object.")
+    _first_row(text, folder)
     return text
 
 
-def _fields(file: str) -> dict[str, str]:
-    """Which fields of the first row hold question and answer, asked for where they have other names than ours."""
-    import json
+def _first_row(text: str, folder: str) -> dict[str, Any]:
+    """The first row of what ``data.path`` names in a configuration in ``folder``, found and read as a run does.
 
-    with open(file, encoding="utf-8") as opened:
-        row: dict[str, Any] = json.loads(next(line for line in opened if line.strip()))
+    ValueError for what a run would refuse.
+    """
+    from retrain.environments.reading import rows, split_file
+
+    beside = os.path.join(folder, os.path.expanduser(text))
+    try:
+        file = split_file(beside if os.path.exists(beside) else text, "train")
+        for _, row in rows(file):
+            return row
+    except DataError as error:
+        raise ValueError(error.message.removeprefix("data.path = ")) from None
+    raise ValueError(f"{file} holds no row.")
+
+
+def _fields(row: Mapping[str, Any]) -> dict[str, str]:
+    """Which fields of the first row hold question and answer, asked for where they have other names than ours."""
     found: dict[str, str] = {}
     for ours, usual in (
         ("question", ("question", "problem", "prompt", "input")), ("answer", ("answer", "reference", "solution", "output")),
@@ -250,7 +251,11 @@ def run(path: str, template: str, create: Callable[[str], None]) -> int:
     except Stopped:
         print(f"\n{_STOPPED}", file=sys.stderr)
         return 130
-    create(text)
+    try:
+        create(text)
+    except UsageError:
+        print(f"\n{text}\nThat is what your answers say.", flush=True)
+        raise
     shown = "" if path == "retrain.toml" else f" {path}"
     print(f"\nWrote {path}.\nNext: retrain explain{shown}, then start it with: retrain{shown}")
     return 0

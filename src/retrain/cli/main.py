@@ -57,10 +57,12 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(f"retrain {__version__}")
         return 0
-    if first in ("help", "--help", "-h") or any(a in ("--help", "-h") for a in arguments):
+    asked = [a for a in arguments if a in ("--help", "-h")]
+    if first == "help" or asked:
         from retrain.cli.manual import print_help
 
-        return print_help(first)
+        words = [a for a in arguments[first == "help" :] if a not in asked]
+        return print_help(words[:1] if first != "help" else words)
     if first in COMMANDS:
         from importlib import import_module
 

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from retrain.cli.commands import COMMANDS
 from retrain.config.templates import ASSETS
-from retrain.errors import UsageError
+from retrain.errors import RunError, UsageError
 
 HELP = os.path.join(ASSETS, "help.txt")
 MANUAL = os.path.join(ASSETS, "manual.md")
@@ -59,12 +59,38 @@ Every setting of a run has its usual flag: retrain demo --transform-mode none --
 
 _BEGIN, _END = "<!-- generated: ", "<!-- end -->"
 FORMATS = ("text", "json", "html")
+_ALONE = ("--path", "--check", "--sync")
+"""Flags of ``man`` that show nothing of the manual."""
 
 
-def print_help(command: str = "") -> int:
-    """The help text, or that of one command."""
-    print(usage_of(command) or _read(HELP), end="")
+def print_help(words: Sequence[str] = ()) -> int:
+    """The help text, or that of the command that ``words`` hold; UsageError where it holds something else.
+
+    A flag or a configuration is no command: the line is a run, which the general text explains.
+    """
+    if len(words) > 1:
+        raise UsageError(f"unexpected argument {words[1]!r}.", fix=f"retrain help {words[0]}.")
+    word = words[0] if words else ""
+    usage = usage_of(word)
+    is_run = word in ("", "help") or word.startswith("-") or word.endswith(".toml") or os.path.exists(word)
+    if not usage and not is_run and os.path.basename(word) == word:
+        raise _no_command(word)
+    print(usage or _read(HELP), end="")
     return 0
+
+
+def _no_command(word: str) -> UsageError:
+    import difflib
+
+    from retrain.cli.commands import LATER
+
+    if word in LATER:
+        return UsageError(f"retrain {word} is not in this version.", fix="`retrain --help` lists what is.")
+    if word in ("train", "run", "resume"):
+        return UsageError(f"there is no command {word!r}: a run needs none.", fix="`retrain --help` says how to start one.")
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    hint = f"did you mean retrain help {near[0]}?" if near else "`retrain --help` lists the commands."
+    return UsageError(f"there is no command {word!r}.", fix=hint)
 
 
 def usage_of(command: str) -> str:
@@ -79,37 +105,21 @@ def usage_of(command: str) -> str:
 
 def man(arguments: Sequence[str]) -> int:
     """The command ``man``."""
-    rest, topic, form, wanted = list(arguments), "", "", ""
-    while rest:
-        word, equals, value = rest.pop(0).partition("=")
-        if word in ("--topic", "--format"):
-            known = topics() if word == "--topic" else list(FORMATS)
-            if not equals and not rest:
-                raise UsageError(f"{word} needs a name.", fix=f"one of {', '.join(known)}.")
-            value = value if equals else rest.pop(0)
-            if word == "--topic":
-                topic = value
-            else:
-                form = _one_of(value, known, "--format")
-        elif equals:
-            raise UsageError(f"unexpected argument {word + equals + value!r}.", fix="`retrain man --help`.")
-        elif word == "--json":
-            form = "json"
-        elif word in ("--list-topics", "--path", "--check", "--sync"):
-            if wanted and wanted != word:
-                raise UsageError(f"{wanted} and {word} exclude each other.", fix="give one of them.")
-            wanted = word
-        else:
-            raise UsageError(f"unexpected argument {word!r}.", fix="`retrain man --topic NAME`.")
-    if topic:
-        _one_of(topic, topics(), "the manual's topics")
-    if wanted in ("--check", "--sync"):
-        return _sync(write=wanted == "--sync")
-    if wanted == "--path":
+    from retrain.cli.verb import own_flags
+
+    own, rest = own_flags("man", arguments, values=("--topic", "--format"), switches=("--json", *_ALONE, "--list-topics"))
+    if rest:
+        raise UsageError(f"unexpected argument {rest[0]!r}.", fix="`retrain man --topic NAME`.")
+    _check_together(own)
+    form = "json" if "--json" in own else _one_of(own.get("--format", "text"), FORMATS, "--format")
+    topic = _one_of(own["--topic"], topics(), "the manual's topics") if "--topic" in own else ""
+    if "--check" in own or "--sync" in own:
+        return _sync(write="--sync" in own)
+    if "--path" in own:
         print(MANUAL)
     elif form == "json":
-        print(_json(topic, listed=wanted == "--list-topics"))
-    elif wanted == "--list-topics":
+        print(_json(topic, listed="--list-topics" in own))
+    elif "--list-topics" in own:
         print("\n".join(topics()))
     elif form == "html":
         from retrain.cli.manual_page import page
@@ -118,6 +128,21 @@ def man(arguments: Sequence[str]) -> int:
     else:
         print(topic_text(topic) if topic else _text(), end="")
     return 0
+
+
+def _check_together(own: Mapping[str, str]) -> None:
+    """UsageError for two flags of which one would be ignored."""
+    given, forms = list(own), [f for f in own if f in ("--json", "--format")]
+    clashes = [
+        *((f, other) for f in given if f in _ALONE for other in given if other != f),
+        *([(forms[0], forms[1])] if len(forms) == 2 else []),
+    ]
+    if "--list-topics" in own:
+        clashes += [("--list-topics", "--topic")] if "--topic" in own else []
+        clashes += [("--list-topics", "--format html")] if own.get("--format") == "html" else []
+    if clashes:
+        one, two = sorted(clashes[0], key=lambda flag: given.index(flag.partition(" ")[0]))
+        raise UsageError(f"{one} and {two} exclude each other.", fix="give one of them.")
 
 
 def schema(arguments: Sequence[str]) -> int:
@@ -180,18 +205,32 @@ def _text() -> str:
 
 
 def _read(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be read: {error.strerror or error}.", fix="it is a part of the package: install retrain again."
+        ) from error
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written: {error.strerror or error}.", fix="use --sync in a checkout of the source that is yours."
+        ) from error
 
 
 def _sync(*, write: bool) -> int:
     texts = generated()
     stale = [path for path, text in texts.items() if not os.path.exists(path) or _read(path) != text]
     for path in stale:
-        print(f"{'wrote' if write else 'stale'}: {path}")
         if write:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(texts[path])
+            _write(path, texts[path])
+        print(f"{'wrote' if write else 'stale'}: {path}")
     if stale and not write:
         print("Fix: retrain man --sync")
     return 1 if stale and not write else 0
