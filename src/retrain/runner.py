@@ -9,6 +9,7 @@ import json
 import logging
 import secrets
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -150,7 +151,12 @@ def _run(
                 raise
             raise RunError(
                 f"{error.filename or directory} cannot be written: {error.strerror or error}.",
-                fix=f"make room or correct the permissions, then: retrain --resume {directory}",
+                fix="make room or correct the permissions, then "
+                + (
+                    f"go on with: retrain --resume {directory}"
+                    if any((directory / layout.CHECKPOINTS).glob("step_*"))
+                    else "start it again: no checkpoint was written yet (training.save_every)."
+                ),
             ) from error
         finally:
             # A full disk must not hide the first error.
@@ -185,6 +191,11 @@ def _restore(config: Config, parts: Parts) -> int:
 def _save_adapter(config: Config, directory: Path, parts: Parts) -> None:
     """Copy the adapter of the newest checkpoint to where the user wants the final one."""
     path, _ = parts.checkpoints.newest()
+    if not (path / layout.ADAPTER).is_dir():
+        raise RunError(
+            f"{path} holds no {layout.ADAPTER}/: backend {config.backend.backend!r} wrote none.",
+            fix=f"have its save write the adapter into directory / {layout.ADAPTER!r}.",
+        )
     target = Path(config.backend.adapter_path) if config.backend.adapter_path else directory / layout.ADAPTER
     target.mkdir(parents=True, exist_ok=True)
     # File by file: the folder is the user's and may hold more than an adapter.
@@ -220,10 +231,19 @@ def _locked(directory: Path) -> Generator[None]:
         yield
 
 
+class _EventsFile(logging.FileHandler):
+    """events.log, which a full disk leaves behind without a traceback for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop a line that cannot be written; show any other failure."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 @contextmanager
 def _logging(directory: Path, *, debug: bool, resuming: bool) -> Generator[None]:
     """Show the package's log on the console and keep all of it in events.log."""
-    file = logging.FileHandler(directory / layout.EVENTS, encoding="utf-8")
+    file = _EventsFile(directory / layout.EVENTS, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     console = ConsoleHandler()
     console.setLevel(logging.DEBUG if debug else logging.INFO)

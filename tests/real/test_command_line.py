@@ -282,3 +282,16 @@ def test_no_secret_reaches_a_run_directory(folder, monkeypatch, capsys):
     edit(folder, "[reward]", 'api_key = "sk-0123456789abcdef0123456789abcdef"\n[reward]')
     line = refused(capsys)
     assert "sk-0123" not in line
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits file sizes as POSIX does")
+def test_files_that_cannot_grow_end_a_run_in_one_line_that_promises_no_checkpoint(folder):
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 40; exec "$0" -m retrain --max-steps 400 --save-every 0', sys.executable],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "File too large" in done.stderr.splitlines()[-1]
+    assert "no checkpoint was written yet" in done.stderr.splitlines()[-1]

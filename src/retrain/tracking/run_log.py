@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from retrain.protocols import Renderer, Sink, State
 from retrain.tracking import layout, rollouts
 from retrain.tracking.heartbeat import Phase, Pulse, alarm_record
 from retrain.tracking.vitals import Watch, is_evaluation
-from retrain.types import CreditedGroup, FloatArray, Rollout
+from retrain.types import CreditedGroup, FloatArray, Rollout, Score
 
 log = logging.getLogger("retrain")
 
@@ -76,12 +76,16 @@ class RunLog:
         *,
         generations: int,
         store: rollouts.RolloutStore | None,
+        judge: Callable[[Score], bool | None] | None = None,
     ) -> None:
+        """``generations`` rollouts of a step are written as text. ``judge`` says whether a score counts as correct in
+        this run, None where that is unknown; without it, what scores say themselves."""
         self.directory = directory
         self._renderer = renderer
         self._sinks = list(sinks)
         self._generations = generations
         self._store = store
+        self._judge = judge or _told
         (directory / "emergence").mkdir(parents=True, exist_ok=True)
         self._files = {name: (directory / name).open("ab") for name in _STREAMS}
         self._facts: dict[str, Any] = {}
@@ -199,6 +203,7 @@ class RunLog:
                     "completion": rollout.text,
                     "reference": scored.task.reference,
                     "reward": score.reward,
+                    "correct": None if rollout.stop == "error" else self._judge(score),
                     "parts": dict(score.parts),
                     "stop": rollout.stop,
                     "error": rollout.error or score.error,
@@ -289,8 +294,12 @@ class RunLog:
     def close(self) -> None:
         """Close files and sinks; safe to call twice."""
         self._pulse.stop()
-        for file in self._files.values():
-            file.close()
+        for name, file in self._files.items():
+            try:
+                # What is still buffered may find a full disk, which must not hide the first error.
+                file.close()
+            except OSError as error:
+                log.warning("The end of %s could not be written: %s", name, error.strerror or error)
         for sink in self._sinks:
             try:
                 sink.close()
@@ -309,6 +318,10 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
+
+
+def _told(score: Score) -> bool | None:
+    return score.passed
 
 
 def _rounded(values: FloatArray) -> list[float]:
