@@ -100,6 +100,10 @@ def test_a_real_run_opens_offline_with_marks_in_every_plot(browser, trained, cap
         assert all("NaN" not in (mark.get_attribute("d") or "") for mark in marks.all())
     assert opened.count("#plot-evaluation .errorbar path.yerror") == 2
     assert len(opened.listed()) == made["rollouts"] == 3 * 8
+    rows = [json.loads(line) for line in (trained / "emergence/generations.jsonl").read_text().splitlines()]
+    assert {row["correct"] for row in rows} <= {True, False}
+    assert opened.count("#rollout-list .correct") == sum(row["correct"] for row in rows)
+    assert "earlier version" not in opened.page.inner_text("#rollouts")
     text = opened.page.inner_text("#result")
     assert "3 of 3" in text
     assert "retrain/tiny" in text

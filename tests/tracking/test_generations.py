@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
 import pytest
 
+from retrain.algorithms.credit import correct
 from retrain.fakes import FakeRenderer
 from retrain.tracking import layout
 from retrain.tracking.run_log import RunLog, to_json
@@ -17,13 +19,14 @@ from retrain.types import CreditedGroup, Message, Rollout, Score, ScoredGroup, T
 NAN = math.nan
 
 
-def group(*, error: str = "") -> CreditedGroup:
-    """Two members: "ab", then a tool's "x", then "cd"; the second may have a reward that failed."""
+def group(*, error: str = "", second: Score | None = None, stop: str = "stop") -> CreditedGroup:
+    """Two members: "ab", then a tool's "x", then "cd"; the second may have a reward that failed, or another score."""
     sampled = np.array([False, True, True, False, True, True])
     ids = FakeRenderer().encode([Message("user", "qabxcd")])
     logprobs = np.where(sampled, np.float32(-1.23456789), np.float32(NAN)).astype(np.float32)
-    members = tuple(Rollout("t", m, ids, sampled, logprobs, None, "abcd", "stop", 3) for m in range(2))
-    scores = (Score(1.0, parts={"match": 1.0}), Score.failed(error) if error else Score(0.0))
+    broken = "gone" if stop == "error" else ""
+    members = tuple(Rollout("t", m, ids, sampled, logprobs, None, "abcd", stop, 3, broken) for m in range(2))
+    scores = (Score(1.0, parts={"match": 1.0}), Score.failed(error) if error else second or Score(0.0))
     advantages = tuple(np.where(sampled, s * np.float32(1 / 3), 0).astype(np.float32) for s in (1, -1))
     uncertainty = np.where(sampled, np.float32(0.5), np.float32(NAN)).astype(np.float32)
     planning = np.array([False, True, False, False, False, True])
@@ -58,8 +61,8 @@ class Sink:
         self._call("close")
 
 
-def write(run, sinks=(), generations=8, **changes):
-    log = RunLog(run, FakeRenderer(), sinks, generations=generations, store=None)
+def write(run, sinks=(), generations=8, judge=None, **changes):
+    log = RunLog(run, FakeRenderer(), sinks, generations=generations, store=None, judge=judge)
     log.begin({})
     log.step(4, {"uncertainty_kind": "surprisal"}, [group(**changes)])
     log.evaluation(5, {"eval/accuracy": 0.5})
@@ -86,6 +89,21 @@ def test_a_failed_reward_is_null_in_the_file(tmp_path):
     rows = write(tmp_path, error="too slow")
     assert rows[1]["reward"] is None
     assert rows[1]["error"] == "too slow"
+
+
+def test_correct_is_what_the_run_counts(tmp_path):
+    judge = partial(correct, correct_at=0.5)
+
+    def verdicts(name, **changes):
+        return [row["correct"] for row in write(tmp_path / name, judge=judge, **changes)]
+
+    assert verdicts("plain") == [True, False]
+    assert verdicts("passed", second=Score(0.4, passed=True)) == [True, True]
+    assert verdicts("not passed", second=Score(0.9, passed=False)) == [True, False]
+    assert verdicts("failed reward", error="too slow") == [True, None]
+    assert verdicts("failed rollout", stop="error") == [None, None]
+    rows = write(tmp_path / "unjudged", second=Score(0.4, passed=True))
+    assert [row["correct"] for row in rows] == [None, True]
 
 
 @pytest.mark.parametrize(("wanted", "rows"), [(0, 0), (1, 1), (9, 2)])

@@ -151,6 +151,60 @@ def test_correct_is_judged_as_the_run_judged_it(tmp_path):
     assert [row[place] for row in rollouts.choose(outside, budget=10**6, correct_at=None).rows] == [None] * 4
 
 
+def test_the_runs_own_verdict_decides_and_a_guessed_one_is_said(tmp_path):
+    draw = random.Random(5)
+    own = [generation(0, m, draw, reward=0.4, correct=c) for m, c in enumerate((True, False, None))]
+    old = generation(0, 3, draw, reward=0.9)
+    place = rollouts.FIELDS.index("correct")
+    for name, rows, verdicts, said in (
+        ("own", own, [1, 0, None], ""),
+        ("mixed", [*own, old], [1, 0, None, 1], "An earlier version wrote 1 of these"),
+        ("old", [old], [1], "An earlier version wrote these"),
+    ):
+        shown = rollouts.choose(write_generations(tmp_path / name, rows), budget=10**6, correct_at=0.5)
+        assert [row[place] for row in shown.rows] == verdicts
+        assert content.rollouts_note(shown).startswith(said)
+        assert bool(content.rollouts_note(shown)) == bool(said)
+    run = fabricate(tmp_path / "run", 2)
+    made = write(run)
+    assert all("An earlier version wrote these" in Path(made[k]).read_text() for k in ("html", "markdown"))
+
+
+@pytest.mark.parametrize("where", ["completion", "prompt", "tokens", "token"])
+def test_one_huge_rollout_is_cut_in_place_and_hides_no_other(tmp_path, where):
+    run = fabricate(tmp_path / "run", 10, generations=8)
+    path = run / "emergence/generations.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    text = "<" * 8_000_000
+    if where in ("completion", "prompt"):
+        rows[0][where] = text
+    elif where == "token":
+        rows[0]["credit"]["texts"][0] = text
+    else:
+        rows[0] = generation(0, 0, random.Random(1), tokens=150_000)
+    write_generations(path, rows)
+    made = write(run, megabytes=7)
+    assert made["rollouts"] == made["rollouts_stored"] == 80
+    assert made["bytes"] < 7e6
+    page = Path(made["html"]).read_text()
+    if where in ("completion", "prompt"):
+        assert "characters left out; generations.jsonl has them]" in page
+    elif where == "tokens":
+        body = json.loads(rollouts.choose(path, budget=10**6, correct_at=None).bodies[0])
+        left = body["credit"]["gap"][1]
+        assert len(body["credit"]["texts"]) + left == body["credit"]["count"] == 150_000
+        assert "left out" in body["completion"]
+
+
+def test_a_rollout_that_cannot_be_cut_is_left_out_and_counted(tmp_path):
+    draw = random.Random(1)
+    vast = generation(0, 0, draw, parts={f"part {i}": 0.5 for i in range(50_000)})
+    path = write_generations(tmp_path / "g.jsonl", [vast, generation(0, 1, draw)])
+    shown = rollouts.choose(path, budget=10**6, correct_at=None)
+    assert [row[rollouts.FIELDS.index("member")] for row in shown.rows] == [1]
+    assert shown.total == 2
+
+
 def test_embedded_json_cannot_end_its_element():
     hostile = {"a": "</script><!--<script>\u2028&", "b": "\ud800"}
     text = rollouts.encode(hostile)
@@ -262,6 +316,83 @@ def test_the_file_stays_within_the_size_that_was_asked_for(tmp_path):
     made = write(run, megabytes=7)
     assert made["bytes"] < 7e6
     assert 0 < made["rollouts"] < made["rollouts_stored"]
+
+
+@pytest.mark.parametrize("lines", [1, 3, 40])
+def test_a_spike_of_one_step_in_ten_thousand_is_drawn_as_high_as_it_was(tmp_path, lines):
+    steps = 10_000
+    parts = [f"rewards/{i}" for i in range(lines)]
+    names = (
+        "entropy_mean",
+        "exec_entropy_mean",
+        "plan_entropy_mean",
+        "exec_surprisal_mean",
+        "plan_surprisal_mean",
+        *parts,
+    )
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"step": i, **dict.fromkeys(names, 9.0 if i == 6007 else 0.5)}) + "\n"
+            for i in range(steps)
+        )
+    )
+    drawn = {plot.name: plot for plot in figures.plots(gather(RunRecord.at(tmp_path)))}
+    for name, count in (("entropy", 3), ("surprisal", 2), ("reward_parts", lines)):
+        data = drawn[name].figure.data
+        assert sum(max(trace.y) == 9.0 for trace in data) == count
+        assert sum(len(trace.x) for trace in data) <= max(count, 3) * 1500
+        assert "Faint: the lowest and the highest" in drawn[name].caption
+
+
+def test_an_evaluation_without_an_interval_is_still_the_last_one(tmp_path):
+    run = fabricate(tmp_path / "run", 10, every=5)
+    row = {"step": 12, "eval/accuracy": 0.9, "eval/accuracy_low": None, "eval/accuracy_high": None}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    data = gather(RunRecord.at(run))
+    fact = next(fact for fact in content.headline(data) if fact.label == "Last evaluation")
+    assert (fact.value, fact.note) == ("90.0%", "no interval, after 12 steps")
+    table = content.evaluations(data)
+    assert table.rows[-1][:4] == ("12", "arithmetic/test", "90.0%", "no interval")
+    assert content.several([data]).rows[0][6:8] == ("90.0%", "no interval")
+    drawn = next(plot for plot in figures.plots(data) if plot.name == "evaluation").figure.data[0]
+    assert drawn.y[-1] == 0.9
+    assert drawn.customdata[-1][0] == "no interval"
+    assert "NaN" not in write(run)["html"]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**row, "step": 20, "eval/accuracy": None}) + "\n")
+    fact = next(f for f in content.headline(gather(RunRecord.at(run))) if f.label == "Last evaluation")
+    assert fact.note == "no interval, after 12 steps; the one after 20 steps has no accuracy"
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.html"])
+def test_a_file_that_is_no_report_is_never_written_over(tmp_path, capsys, name):
+    run = fabricate(tmp_path / "run", 2)
+    mine = tmp_path / name
+    mine.write_text("# Mine\n\nMade by hand\n")
+    before = set(tmp_path.iterdir())
+    assert main(["report", str(run), "--out", str(tmp_path / "README.html")]) == 2
+    error = capsys.readouterr().err
+    assert f"{mine} exists and is no report of retrain" in error
+    assert "Fix: name another file with --out" in error
+    assert len(error.splitlines()) == 1
+    assert mine.read_text().startswith("# Mine")
+    assert set(tmp_path.iterdir()) == before
+    mine.unlink()
+    for _ in range(2):
+        assert main(["report", str(run), "--out", str(tmp_path / "README.html")]) == 0
+    assert (tmp_path / "README.md").read_text().splitlines()[2].startswith("Made by retrain ")
+
+
+def test_the_reports_of_a_folder_of_runs_are_written_over_and_a_folder_is_not(tmp_path):
+    for name in ("a", "b"):
+        fabricate(tmp_path / name, 2)
+    for _ in range(2):
+        assert write(tmp_path)["plots"] > 0
+    (tmp_path / "report.md").unlink()
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(UsageError, match=r"report\.md exists and is no report"):
+        write(tmp_path)
 
 
 def test_runs_of_one_name_are_told_apart_and_one_without_results_is_shown(tmp_path):

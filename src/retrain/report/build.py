@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ LEAST_MB = 7
 _FIXED = 6_000_000
 """Bytes of the page besides rollouts: plotly, and at most a million for curves and tables."""
 _MOST_RUNS = 64
+_OURS = {
+    ".html": re.compile(rb'<meta name="generator" content="retrain '),
+    ".md": re.compile(rb"\A# [^\n]*\n\nMade by retrain \S+ on \d{4}-"),
+}
+"""What shows that a file is a report: only such a one is written over."""
+_HEAD = 8192
 
 _OVERLAID = {
     "correct_rate": ("Correct rate in training", True, ""),
@@ -37,7 +44,8 @@ def write(path: Path, out: Path | None = None, *, megabytes: int = DEFAULT_MB) -
     """Write the report of a run, or of every run below a folder, and say what was written.
 
     ``out`` is the HTML file or a folder for it; by default ``report.html`` in ``path``. ``megabytes`` bounds the file,
-    at least ``LEAST_MB``. UsageError where there is no run, or the files cannot be written.
+    at least ``LEAST_MB``. UsageError where there is no run, the files cannot be written, or one of them exists and is no
+    report.
     """
     found = find_runs(path)
     if not found:
@@ -46,6 +54,8 @@ def write(path: Path, out: Path | None = None, *, megabytes: int = DEFAULT_MB) -
         )
     target = _target(path, out)
     twin = target.with_suffix(".md")
+    _keep_others(target, ".html")
+    _keep_others(twin, ".md")
     runs: list[RunData] = [gather(record) for record in found[:_MOST_RUNS]]
     made = f"Made by retrain {__version__} on {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}"
     record: dict[str, Any] = {
@@ -94,6 +104,25 @@ def write(path: Path, out: Path | None = None, *, megabytes: int = DEFAULT_MB) -
         ) from error
     size = target.stat().st_size
     return {"html": str(target), "markdown": str(twin), "bytes": size, "plots": len(plots), **record}
+
+
+def _keep_others(path: Path, kind: str) -> None:
+    """UsageError where the file exists and is no report of ours."""
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                if _OURS[kind].search(file.read(_HEAD)):
+                    return
+        elif not path.exists():
+            return
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror or error}.", fix="name another file with --out."
+        ) from error
+    raise UsageError(
+        f"{path} exists and is no report of retrain, so it stays as it is.",
+        fix="name another file with --out (the Markdown goes beside it under the same name), or move this one away.",
+    )
 
 
 def _target(path: Path, out: Path | None) -> Path:

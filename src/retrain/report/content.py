@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from retrain.report.figures import number, phases, suite_name
+from retrain.report.figures import interval, number, phases, suite_name
 from retrain.report.gather import RunData, clock, labels, moment
+from retrain.report.rollouts import Shown
 from retrain.report.thinning import Series, known_mean, spark
 
 _ROWS = 60
@@ -106,11 +107,15 @@ def _results(data: RunData) -> list[Fact]:
     ]
     if known:
         (first_at, first), (last_at, last) = known[0], known[-1]
-        facts = [Fact("Last evaluation", f"{last[0]:.1%}", f"{_interval(last)}, after {last_at:,} steps")]
+        note = f"{interval(last)}, after {last_at:,} steps"
+        newest = int(data.evaluations[-1]["step"])
+        if newest != last_at:
+            note += f"; the one after {newest:,} steps has no accuracy"
+        facts = [Fact("Last evaluation", f"{last[0]:.1%}", note)]
         if len(known) > 1:
             gain = 100 * (last[0] - first[0])
             facts.append(
-                Fact("First evaluation", f"{first[0]:.1%}", f"{_interval(first)}, after {first_at:,} steps")
+                Fact("First evaluation", f"{first[0]:.1%}", f"{interval(first)}, after {first_at:,} steps")
             )
             facts.append(Fact("Gain", f"{gain:+.1f} points", "one run: other seeds may differ"))
         return facts
@@ -133,8 +138,14 @@ def _results(data: RunData) -> list[Fact]:
     ]
 
 
-def _interval(found: tuple[float, float, float]) -> str:
-    return f"95 % interval {found[1]:.1%} to {found[2]:.1%}"
+def rollouts_note(shown: Shown) -> str:
+    """What a reader must know of the verdicts of rollouts, "" where the run itself gave them."""
+    if not shown.guessed:
+        return ""
+    return (
+        f"An earlier version wrote {'these' if shown.guessed == len(shown.rows) else f'{shown.guessed:,} of these'}, without "
+        "what the run counted as correct: their verdicts are made from the reward alone, and may differ from correct_rate."
+    )
 
 
 def _count(n: int, noun: str) -> str:
@@ -197,10 +208,10 @@ def evaluations(data: RunData) -> Table | None:
                 continue
             found = data.accuracy(row, suite)
             accuracy = "n/a" if found is None else f"{found[0]:.1%}"
-            interval = "n/a" if found is None else f"{found[1]:.1%} to {found[2]:.1%}"
+            spread = "n/a" if found is None else interval(found, label="")
             tasks, samples = row.get(f"{suite}/tasks"), row.get(f"{suite}/samples")
             rows.append((
-                f"{row['step']:,}", suite_name(data, suite), accuracy, interval,
+                f"{row['step']:,}", suite_name(data, suite), accuracy, spread,
                 *(_share(row.get(f"{suite}/{k}")) for k in extra),
                 _plain(row.get(f"{suite}/mean_reward")), _plain(row.get(f"{suite}/mean_length")),
                 _share(row.get(f"{suite}/max_token_hit_rate")), f"{tasks} x {samples}", str(row.get(f"{suite}/errors", "n/a")),
@@ -377,7 +388,7 @@ def several(runs: Sequence[RunData]) -> Table:
             label, run.condition or "n/a", str(run.setting("training.seed")), run.state,
             f"{run.done:,}" + (f" of {run.max_steps:,}" if run.max_steps is not None else ""),
             f"{known[0][0]:.1%}" if known else "n/a", f"{known[-1][0]:.1%}" if known else "n/a",
-            f"{known[-1][1]:.1%} to {known[-1][2]:.1%}" if known else "n/a",
+            interval(known[-1], label="") if known else "n/a",
             number(known_mean(rate[-max(1, len(rate) // 10) :]), share=True) if rate is not None else "n/a",
             clock(run.seconds), ", ".join(ill) or "none",
         ))  # fmt: skip

@@ -28,6 +28,9 @@ _go: Any = importlib.import_module("plotly.graph_objects")
 POINTS = 1000
 """Points of a raw curve; a longer one is drawn by the extremes of its buckets."""
 _SMOOTH_POINTS = 500
+_FEW = 3
+"""Lines of a plot that have all these points; more of them share as many."""
+_FEWEST = 60
 _BARS = 120
 _MARKED = 20
 """Alarms that are marked in one plot: more would hide the curve."""
@@ -113,8 +116,8 @@ def _evaluation(data: RunData) -> list[Plot]:
                     "array": _rounded([high - p for _, (p, _, high) in known]),
                     "arrayminus": _rounded([p - low for _, (p, low, _) in known]),
                 },
-                customdata=[[low, high] for _, (_, low, high) in known],
-                hovertemplate="%{y:.1%} (%{customdata[0]:.1%} to %{customdata[1]:.1%})<extra>%{fullData.name}</extra>",
+                customdata=[[interval(found, label="")] for _, found in known],
+                hovertemplate="%{y:.1%} (%{customdata[0]})<extra>%{fullData.name}</extra>",
             )
         )  # fmt: skip
         said.append(f"{name}: {y[0]:.1%} at first, {y[-1]:.1%} at last.")
@@ -122,6 +125,11 @@ def _evaluation(data: RunData) -> list[Plot]:
         f"Held-out accuracy after so many steps, with 95 % intervals clustered by task. {' '.join(said)}"
     )
     return [Plot("evaluation", "Evaluation", caption, figure, "learning")]
+
+
+def interval(found: tuple[float, float, float], *, label: str = "95 % interval ") -> str:
+    """The interval of an accuracy in words: see ``RunData.accuracy``."""
+    return "no interval" if math.isnan(found[1]) else f"{label}{found[1]:.1%} to {found[2]:.1%}"
 
 
 def suite_name(data: RunData, suite: str) -> str:
@@ -140,7 +148,7 @@ def _parts(data: RunData) -> list[Plot]:
         for key in sorted(data.columns)
         if key.startswith("rewards/") and (curve := data.curve(key)) is not None
     ]
-    return _curve(data, "reward_parts", "Parts of the reward", "learning", found, raw=len(found) <= 3)
+    return _curve(data, "reward_parts", "Parts of the reward", "learning", found)
 
 
 def _sources(data: RunData) -> list[Plot]:
@@ -154,7 +162,7 @@ def _sources(data: RunData) -> list[Plot]:
             and (curve := data.curve(key)) is not None
         ]
         share = what == "correct_rate"
-        made += _curve(data, f"sources_{what}", title, "learning", found, share=share, raw=len(found) <= 3)
+        made += _curve(data, f"sources_{what}", title, "learning", found, share=share)
         if made:
             break
     return made
@@ -186,7 +194,7 @@ def _policy(data: RunData) -> list[Plot]:
                 _line("execution", data.curve("exec_entropy_mean")),
                 _line("planning", data.curve("plan_entropy_mean")),
             ],
-            unit="nats per token", vitals=("entropy",), raw=False,
+            unit="nats per token", vitals=("entropy",),
         ),
         *_curve(
             data, "mismatch", "Sampler against learner", "policy",
@@ -211,7 +219,7 @@ def _policy(data: RunData) -> list[Plot]:
         *_curve(
             data, "surprisal", "Surprisal of planning and execution", "policy",
             [_line("execution", data.curve("exec_surprisal_mean")), _line("planning", data.curve("plan_surprisal_mean"))],
-            unit="nats per token", raw=False,
+            unit="nats per token",
         ),
     ]  # fmt: skip
 
@@ -319,10 +327,12 @@ def _thinned(data: RunData) -> str:
 
 def _curve(
     data: RunData, name: str, title: str, group: str, lines: Sequence[Line | None], *, share: bool = False,
-    log: bool = False, zero: bool = False, unit: str = "", raw: bool = True, smooth: bool = True,
+    log: bool = False, zero: bool = False, unit: str = "", smooth: bool = True,
     vitals: Sequence[str] = (), note: str = "",
 ) -> list[Plot]:  # fmt: skip
-    """Raw values, faint, under their trailing mean. Without ``raw`` only the mean, where many curves would blur."""
+    """Raw values, faint, under their trailing mean. Many lines have fewer points each, and fainter ones: the extremes of
+    every bucket are drawn all the same.
+    """
     known = [line for line in lines if line is not None]
     if not known:
         return []
@@ -333,25 +343,28 @@ def _curve(
     window = window_of(len(steps))
     smooth = smooth and len(steps) > window
     form = ":.1%" if share else ":.4g"
+    few = len(known) <= _FEW
+    points, smooth_points = (
+        n if few else max(n * _FEW // len(known), _FEWEST) for n in (POINTS, _SMOOTH_POINTS)
+    )
     for i, line in enumerate(known):
         colour = PALETTE[i % len(PALETTE)]
         values = np.where(line.values > 0, line.values, np.nan) if log else line.values
         if np.isnan(values).all():
             continue
-        if raw or not smooth:
-            x, y = envelope(steps, values, POINTS)
-            # Of thinned points only some steps could be pointed at.
-            blind = smooth and (len(x) < len(steps) or len(known) > 1)
-            figure.add_trace(
-                _go.Scatter(
-                    x=x.tolist(), y=_rounded(y), name=f"{line.label}, each step" if smooth else line.label,
-                    mode="lines" if len(x) > 1 else "markers", legendgroup=line.label, showlegend=not smooth and len(known) > 1,
-                    line={"color": colour, "width": 1 if smooth else 1.8}, opacity=0.35 if smooth else 1,
-                    hoverinfo="skip" if blind else None, hovertemplate=None if blind else f"%{{y{form}}}",
-                )
-            )  # fmt: skip
+        x, y = envelope(steps, values, points)
+        # Of thinned points only some steps could be pointed at.
+        blind = smooth and (len(x) < len(steps) or len(known) > 1)
+        figure.add_trace(
+            _go.Scatter(
+                x=x.tolist(), y=_rounded(y), name=f"{line.label}, each step" if smooth else line.label,
+                mode="lines" if len(x) > 1 else "markers", legendgroup=line.label, showlegend=not smooth and len(known) > 1,
+                line={"color": colour, "width": 1 if smooth else 1.8}, opacity=1 if not smooth else 0.35 if few else 0.2,
+                hoverinfo="skip" if blind else None, hovertemplate=None if blind else f"%{{y{form}}}",
+            )
+        )  # fmt: skip
         if smooth:
-            x, y = every_nth(steps, trailing_mean(values, window), _SMOOTH_POINTS)
+            x, y = every_nth(steps, trailing_mean(values, window), smooth_points)
             figure.add_trace(
                 _go.Scatter(
                     x=x.tolist(), y=_rounded(y), name=line.label, mode="lines", legendgroup=line.label, showlegend=len(known) > 1,
@@ -360,8 +373,8 @@ def _curve(
             )  # fmt: skip
     _mark(figure, data, vitals)
     how = f" Bold: mean of the last {window} steps." if smooth else ""
-    if raw and len(steps) > POINTS:
-        each = math.ceil(len(steps) / (POINTS // 2))
+    if len(steps) > points:
+        each = math.ceil(len(steps) / (points // 2))
         how += f" Faint: the lowest and the highest of every {each} steps." if smooth else ""
     if log:
         how += " Logarithmic; zeros are not drawn."

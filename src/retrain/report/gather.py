@@ -132,12 +132,13 @@ class RunData:
         return None if found is None or found.last is None else found.values_S
 
     def accuracy(self, row: Mapping[str, Any], suite: str = "eval") -> tuple[float, float, float] | None:
-        """Accuracy of an evaluation with its 95 % interval, None where it says nothing of it."""
+        """Accuracy of an evaluation and the ends of its 95 % interval, both NaN where it has none; None where it says
+        nothing of its accuracy."""
         found = [row.get(f"{suite}/{key}") for key in ("accuracy", "accuracy_low", "accuracy_high")]
-        if any(not isinstance(value, int | float) for value in found):
+        middle, low, high = (float(v) if isinstance(v, int | float) else math.nan for v in found)
+        if math.isnan(middle):
             return None
-        low, middle, high = (float(cast("float", found[i])) for i in (1, 0, 2))
-        return middle, low, high
+        return (middle, math.nan, math.nan) if math.isnan(low + high) else (middle, low, high)
 
     @property
     def seconds(self) -> float:
@@ -296,9 +297,9 @@ def _records(file: Iterable[str]) -> Iterable[tuple[str, str, str]]:
         if found := _EVENT.fullmatch(text):
             if current:
                 yield current
-            current = (found[1], found[2], found[3])
+            current = (found[1], found[2], found[3][:_LONGEST])
         elif current and len(current[2]) < _LONGEST:
-            current = (current[0], current[1], f"{current[2]}\n{text}")
+            current = (current[0], current[1], f"{current[2]}\n{text[:_LONGEST]}")
     if current:
         yield current
 

@@ -49,6 +49,7 @@ def run(data: RunData, shown: Shown, *, page: str, made: str) -> str:
         if shown.total
         else "None were stored as text."
     )
+    text = " ".join(filter(None, [text, content.rollouts_note(shown)]))
     return "\n".join([*lines, "", "## Rollouts", "", text, ""])
 
 

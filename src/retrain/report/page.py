@@ -202,6 +202,8 @@ def _rollouts(data: RunData, shown: Shown) -> str:
     if not shown.rows:
         return '<p class="note">No rollout was stored as text: logging.generations is 0, or no step has completed yet.</p>'
     left = shown.total - len(shown.rows)
+    said = content.rollouts_note(shown)
+    verdicts = f'<p class="note">{_text(said)}</p>' if said else ""
     note = f"All {shown.total:,} rollouts that the run stored as text (the first few of every step)."
     if left:
         note = (
@@ -210,7 +212,7 @@ def _rollouts(data: RunData, shown: Shown) -> str:
             f"file small; all are in {data.record.path / layout.GENERATIONS}."
         )
     return f"""<p class="note">{_text(note)} <kbd>n</kbd> and <kbd>p</kbd> go to the next and the previous one,
-<kbd>/</kbd> searches, arrow keys walk through the list and through tokens.</p>
+<kbd>/</kbd> searches, arrow keys walk through the list and through tokens.</p>{verdicts}
 <form class="filters" id="filters">
 <label>Steps<span class="pair"><input type="number" name="from" min="0" placeholder="from" aria-label="From step">
 <input type="number" name="to" min="0" placeholder="to" aria-label="To step"></span></label>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,13 @@ from typing import Any, cast
 _STEP = re.compile(rb'\{"step": (\d+)[,}]')
 _TOKENS = 4000
 """Tokens of one rollout whose numbers are shown; of a longer one the first three quarters and the last quarter."""
+_LARGEST = 400_000
+"""Bytes of one rollout, and of one prompt: of what is larger the middle is left out, so that it cannot crowd out the others."""
 _SNIPPET = 34
+_LABEL = 300
+"""Characters of a task's id and of other words of the list, and of what a single token reads as."""
+_ELEMENT = 80
+"""Bytes around a body and a row."""
 
 
 @dataclass(slots=True)
@@ -64,6 +71,8 @@ class Shown:
     total: int = 0
     steps_total: int = 0
     bytes: int = 0
+    guessed: int = 0
+    """Rollouts whose verdict the file does not hold, as earlier versions wrote it: it is made from the reward."""
 
     @property
     def steps(self) -> int:
@@ -95,15 +104,18 @@ def spread(steps: Sequence[int], urgent: Sequence[int] = ()) -> list[int]:
 
 
 def choose(path: Path, *, budget: int, correct_at: float | None, urgent: Sequence[int] = ()) -> Shown:
-    """Rollouts of ``generations.jsonl`` in at most ``budget`` bytes; whole steps where they fit.
+    """Rollouts of ``generations.jsonl`` in at most ``budget`` bytes; whole steps where they fit, and the middle left out
+    of a rollout that is larger than an eighth of it or than ``_LARGEST``.
 
-    ``correct_at`` is the run's ``reward.correct_at``: above it a reward counts as correct, with None above 0.5 where
-    all rewards lie in [0, 1]. ``urgent`` steps come before others.
+    The file says what the run counted as correct. Where it does not, a reward above ``correct_at`` is correct: the run's
+    ``reward.correct_at``, with None 0.5 where all such rewards lie in [0, 1]. ``urgent`` steps come before others.
     """
     index = Index.of(path)
     by_step = index.by_step()
-    picked: dict[int, tuple[dict[str, Any], str]] = {}
+    picked: dict[int, tuple[list[Any], str]] = {}
+    unjudged: list[int] = []
     prompts: dict[str, int] = {}
+    most = min(_LARGEST, budget // 8)
     spent, full = 0, False
     try:
         file = path.open("rb")
@@ -116,34 +128,44 @@ def choose(path: Path, *, budget: int, correct_at: float | None, urgent: Sequenc
                 row = _parsed(file.read(index.sizes[number]))
                 if row is None:
                     continue
-                prompt = str(row.get("prompt", ""))
-                new = prompt not in prompts
-                body = encode(_body(row, prompts.get(prompt, len(prompts))))
-                cost = (
-                    len(body.encode("utf-8", "surrogatepass"))
-                    + (len(encode(prompt).encode()) if new else 0)
-                    + 250
-                )
-                if spent + cost > budget and picked:
+                prompt = _cut_to(str(row.get("prompt", "")), most)
+                listed, body = _row(row), _fitted(row, prompts.get(prompt, len(prompts)), most)
+                if body is None:
+                    continue
+                cost = _bytes(body) + _bytes(encode(listed)) + _ELEMENT
+                if prompt not in prompts:
+                    cost += _bytes(encode(prompt)) + 1
+                if spent + cost > budget:
                     full = True
                     break
                 spent += cost
                 prompts.setdefault(prompt, len(prompts))
-                picked[number] = (row, body)
+                picked[number] = (listed, body)
+                if "correct" not in row:
+                    unjudged.append(number)
             if full:
                 break
+    _guess([picked[n][0] for n in unjudged], correct_at)
     numbers = sorted(picked, key=lambda n: (index.steps[n], n))
-    rewards = [picked[n][0].get("reward") for n in numbers]
-    inside = all(0 <= r <= 1 for r in rewards if isinstance(r, int | float))
-    bar = correct_at if correct_at is not None else 0.5 if inside else None
     return Shown(
-        rows=tuple(_row(picked[n][0], bar) for n in numbers),
+        rows=tuple(picked[n][0] for n in numbers),
         bodies=tuple(picked[n][1] for n in numbers),
         prompts=tuple(prompts),
         total=len(index.steps),
         steps_total=len(by_step),
         bytes=spent,
+        guessed=len(unjudged),
     )
+
+
+def _guess(rows: Sequence[list[Any]], correct_at: float | None) -> None:
+    """Fill in verdicts from rewards, where the file holds none."""
+    at, verdict = FIELDS.index("reward"), FIELDS.index("correct")
+    known = [row for row in rows if isinstance(row[at], int | float)]
+    inside = all(0 <= row[at] <= 1 for row in known)
+    bar = correct_at if correct_at is not None else 0.5 if inside else math.nan
+    for row in known:
+        row[verdict] = None if math.isnan(bar) else int(row[at] > bar)
 
 
 def encode(value: Any) -> str:
@@ -154,45 +176,87 @@ def encode(value: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _row(row: Mapping[str, Any], bar: float | None) -> list[Any]:
-    reward = row.get("reward")
-    correct = None if bar is None or not isinstance(reward, int | float) else int(reward > bar)
+def _row(row: Mapping[str, Any]) -> list[Any]:
+    verdict = row.get("correct")
     completion = str(row.get("completion", ""))
     # The last box of an answer stands at its end, which says more than how it begins.
     said = " ".join(completion[-4 * _SNIPPET :].split())
     end = said if len(said) <= _SNIPPET and len(completion) <= 4 * _SNIPPET else f"…{said[-_SNIPPET:]}"
     return [
-        row.get("step"), str(row.get("task", "")), row.get("member"), reward, correct, str(row.get("stop", "")),
-        1 if row.get("error") else 0, row.get("tokens"), str(row.get("skipped") or ""), row.get("advantage_mean"),
-        row.get("planning_tokens"), end,
+        row.get("step"), _label(row.get("task", "")), row.get("member"), row.get("reward"),
+        int(verdict) if isinstance(verdict, bool) else None, _label(row.get("stop", "")), 1 if row.get("error") else 0,
+        row.get("tokens"), _label(row.get("skipped") or ""), row.get("advantage_mean"), row.get("planning_tokens"), end,
     ]  # fmt: skip
 
 
-def _body(row: Mapping[str, Any], prompt: int) -> dict[str, Any]:
+def _label(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LABEL else f"{text[:_LABEL]}…"
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
+
+
+def _cut(text: str, characters: int) -> str:
+    """The first three quarters and the last quarter of so many characters, and in between what is left out."""
+    left = len(text) - characters
+    if left <= 0:
+        return text
+    head = characters * 3 // 4
+    end = text[len(text) - (characters - head) :]
+    return f"{text[:head]}\n[{left:,} characters left out; generations.jsonl has them]\n{end}"
+
+
+def _cut_to(text: str, most: int) -> str:
+    """The text, cut so that it takes about ``most`` bytes in the page: a character may take six."""
+    characters = most
+    while _bytes(encode(cut := _cut(text, characters))) > most and characters > _LABEL:
+        characters //= 2
+    return cut
+
+
+def _fitted(row: Mapping[str, Any], prompt: int, most: int) -> str | None:
+    """What is shown of an opened rollout, as JSON of at most ``most`` bytes: as many tokens and characters as fit. None
+    where it cannot be cut, because something else is as large."""
+    tokens, characters = _TOKENS, most
+    while characters > _LABEL:
+        body = encode(_body(row, prompt, tokens, characters))
+        if _bytes(body) <= most:
+            return body
+        tokens, characters = tokens // 2, characters // 2
+    return None
+
+
+def _body(row: Mapping[str, Any], prompt: int, tokens: int, characters: int) -> dict[str, Any]:
     body: dict[str, Any] = {
         "prompt": prompt,
-        **{key: row.get(key) for key in ("completion", "reference", "parts", "error", "weights_version")},
+        "parts": row.get("parts"),
+        "weights_version": row.get("weights_version"),
     }
+    for key in ("completion", "reference", "error"):
+        value = row.get(key)
+        body[key] = _cut(value, characters) if isinstance(value, str) else value
     credit: Any = row.get("credit")
     if isinstance(credit, dict):
-        body["credit"] = _credit(cast("dict[str, Any]", credit))
+        body["credit"] = _credit(cast("dict[str, Any]", credit), tokens)
     return body
 
 
-def _credit(credit: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of every token, four digits each; one number where all tokens have the same."""
+def _credit(credit: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """The numbers of at most so many tokens, four digits each; one number where all tokens have the same."""
     texts = _listed(credit.get("texts"))
     count = len(texts)
-    head = _TOKENS * 3 // 4
-    cut = count > _TOKENS
-    made: dict[str, Any] = {"kind": str(credit.get("uncertainty_kind", "")), "count": count}
+    head = tokens * 3 // 4
+    cut = count > tokens
+    made: dict[str, Any] = {"kind": _label(credit.get("uncertainty_kind", "")), "count": count}
     if cut:
-        made["gap"] = [head, count - _TOKENS]
+        made["gap"] = [head, count - tokens]
 
     def kept(values: list[Any]) -> list[Any]:
-        return [*values[:head], *values[count - (_TOKENS - head) :]] if cut else values
+        return [*values[:head], *values[count - (tokens - head) :]] if cut else values
 
-    made["texts"] = [str(text) for text in kept(texts)]
+    made["texts"] = [_label(text) for text in kept(texts)]
     for name in ("advantages", "uncertainty", "logprobs"):
         values = [_short(value) for value in kept(_listed(credit.get(name)))]
         made[name] = values[0] if values and all(v == values[0] for v in values) else values

@@ -10,6 +10,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,7 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
             )
             if config.logging.rollouts
             else None,
+            judge=partial(credit.correct, correct_at=algorithm.correct_at),
         )
         stack.callback(run_log.close)
         yield Parts(
