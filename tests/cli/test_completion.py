@@ -13,7 +13,10 @@ import pytest
 from retrain.cli import completion, manual, scaffold
 from retrain.cli.commands import COMMANDS
 from retrain.cli.main import main
-from retrain.config.options import flags
+from retrain.config.fields import settings
+from retrain.config.load import Override, load
+from retrain.config.options import flags, value_of
+from retrain.errors import ConfigError
 
 TEXTS = completion.Texts(manual.usage_of, manual.topics(), manual.FORMATS)
 LINES: list[tuple[str, set[str]]] = [
@@ -32,6 +35,15 @@ LINES: list[tuple[str, set[str]]] = [
     ("retrain sample logs --checkpoint b", {"best"}),
     ("retrain init --advantage-m", set()),
     ("retrain my.toml --lr ", set()),
+    ("retrain my.toml --attention-kernel ", {"default", "flash"}),
+    ("retrain my.toml --inference.dtype ", {"auto", "bf16", "fp32"}),
+    ("retrain my.toml --kv-cache-dtype ", {"auto", "bf16", "fp8"}),
+    ("retrain my.toml --eval-source mix", set()),
+    ("retrain my.toml --data-source mix", {"mixture"}),
+    ("retrain my.toml --trust-remote-code ", {"false"}),
+    ("retrain eval logs --source mix", set()),
+    ("retrain eval logs --source gsm", {"gsm8k"}),
+    ("retrain eval logs --path my.to", {"my.toml"}),
     ("retrain my.to", {"my.toml"}),
     ("retrain status lo", {"logs"}),
 ]
@@ -120,6 +132,30 @@ def test_what_is_offered_is_what_the_commands_take() -> None:
     for command in every.values():
         assert len({flag.name for flag in command.flags}) == len(command.flags)
         assert not {"--flag"} & {flag.name for flag in command.flags}
+
+
+def test_every_value_that_is_offered_is_accepted_alone() -> None:
+    needs_more = {
+        "data.source": ("jsonl", "hf", "mixture", "reasoning_gym"),
+        "eval.source": ("jsonl", "hf", "reasoning_gym"),
+        "reward.type": ("custom", "composite", "reasoning_gym"),
+        "model.quantization": ("nf4", "fp4"),
+    }
+    usual = {
+        "model": {"model": "retrain/tiny"}, "data": {"source": "arithmetic"}, "algorithm": {"advantage_mode": "grpo"},
+    }  # fmt: skip
+    for flag in completion.setting_flags():
+        setting = settings()[flag.dotted.removeprefix("--")]
+        for value in (flag.values or "").split():
+            if value.startswith("<") or value in needs_more.get(setting.key, ()):
+                continue
+            said = ""
+            try:
+                load(usual, [Override.of(setting.key, value_of(setting, value), "it")])
+            except ConfigError as error:
+                said = str(error)
+            # Idle beside other settings, which is for those to change.
+            assert not said or "does nothing" in said, (setting.key, value, said)
 
 
 def test_a_script_is_plain_text_without_expansions(capsys: pytest.CaptureFixture[str]) -> None:

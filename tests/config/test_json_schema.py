@@ -30,6 +30,14 @@ GOOD = {
     "tables": '[data]\nsource = "mixture"\n[[data.mixture]]\nsource = "gsm8k"\nweight = 2\n[[data.mixture]]\nsource = "a.b"\n'
     'reward = "math"\n[reward]\ntype = "composite"\n[[reward.parts]]\ntype = "length"\nmax = 9\n[[reward.parts]]\n'
     'type = "math"\ngate = true\n[[eval.suites]]\nsource = "arithmetic"\nlevels = [1]\ntemperature = 1\n',
+    "an engine of one's own": '[inference]\nengine = "m.Engine"\nattention_kernel = "triton"\ndtype = "fp8"\n'
+    'kv_cache_dtype = "int8"\n',
+    "what pytorch has": '[inference]\nattention_kernel = "flash"\ndtype = "bf16"\nkv_cache_dtype = "fp8"\n',
+    "a source of one's own": '[data]\nsource = "m.load"\nfields = { foo = "x" }\n',
+    "an evaluation of one's own": '[data]\nfields = { foo = "x" }\n[eval]\nsource = "m.load"\n',
+    "our fields": '[data]\nsource = "jsonl"\npath = "a.jsonl"\nfields = { question = "q", answer = "a.b", id = "n" }\n',
+    "a suite's name": '[[eval.suites]]\nsource = "math"\nname = "hard ones, 2"\n[[eval.suites]]\nsource = "gsm8k"\nname = ""\n',
+    "a device": '[backend]\ndevices = "gpu:12"\n',
     "one text": '[data]\nsubjects = "all"\n[training]\ntemperature = 1\nstop = []\n[loss]\ngrad_clip = 0\n',
 }
 BAD = {
@@ -50,6 +58,19 @@ BAD = {
     "unknown name of a source": '[[data.mixture]]\nsource = "gsm9k"\n',
     "unknown key of a suite": '[[eval.suites]]\nsource = "math"\nweight = 1\n',
     "device": '[backend]\ndevices = "cuda:0"\n',
+    "device in blanks": '[backend]\ndevices = " gpu:0 "\n',
+    "two devices": '[backend]\ndevices = "gpu:0,cpu"\n',
+    "a name with a slash": '[[eval.suites]]\nsource = "math"\nname = "a/b"\n',
+    "a blank name": '[data]\nsource = "mixture"\n[[data.mixture]]\nsource = "math"\nname = "  "\n',
+    "a part's name with a slash": '[reward]\ntype = "composite"\n[[reward.parts]]\ntype = "math"\nname = "a/b"\n',
+    "a field that is not ours": '[data]\nsource = "jsonl"\npath = "a.jsonl"\nfields = { foo = "x" }\n',
+    "and without a source": '[data]\nfields = { foo = "x" }\n',
+    "and beside a source of one's own": '[data]\nsource = "m.load"\nfields = { foo = "x" }\n'
+    '[eval]\nsource = "jsonl"\npath = "a.jsonl"\n',
+    "an evaluation on a mixture": '[eval]\nsource = "mixture"\n',
+    "a kernel of other engines": '[inference]\nattention_kernel = "triton"\n',
+    "a number format of other engines": '[inference]\nengine = "pytorch"\ndtype = "fp8"\n',
+    "a cache of other engines": '[inference]\nkv_cache_dtype = "int8"\n',
     "not in this version": '[inference]\nengine = "vllm"\n',
     "a scalar section": "training = 3\n",
     "code of a model": "[model]\ntrust_remote_code = true\n",

@@ -13,7 +13,7 @@ from retrain.cli.commands import COMMANDS
 from retrain.config import names, own, templates
 from retrain.config.fields import Setting, settings
 from retrain.config.options import SWITCHES, flags_of
-from retrain.config.rules import INTERNAL, NAMED
+from retrain.config.rules import NAMED, PYTORCH_LACKS, written
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -102,12 +102,16 @@ def _values_of(command: str, flag: str, value: str, texts: Texts) -> str:
         ("init", "--template"): _words(templates.TEMPLATES), ("explain", "--template"): _words(templates.TEMPLATES),
         ("init-plugin", "--kind"): _words(scaffold.KINDS), ("init-plugin", "--output-dir"): FOLDERS,
         ("man", "--topic"): _words(texts.topics), ("man", "--format"): _words(texts.formats),
-        ("eval", "--path"): FILES, ("export", "--dtype"): "auto float32 bf16 float16",
+        ("export", "--dtype"): "auto float32 bf16 float16",
     }  # fmt: skip
     if (command, flag) in special:
         return special[command, flag]
-    if flag in known_flags():
-        return value_words(settings()[known_flags()[flag]])
+    # What `eval` calls --source is the evaluation's.
+    key = f"eval.{flag.removeprefix('--')}" if command == "eval" else ""
+    if key not in settings():
+        key = known_flags().get(flag, "")
+    if key:
+        return value_words(settings()[key])
     if flag == "--checkpoint":
         return "newest best"
     if "|" in value and value.islower():
@@ -140,15 +144,17 @@ def value_words(setting: Setting) -> str:
     key = setting.key
     if key in _PLACES:
         return _PLACES[key]
+    if key == "model.trust_remote_code":
+        return "false"
     if setting.type == "boolean":
         return "true false"
     if key == "backend.devices":
         return "cpu gpu:0"
     kind = "sink" if key == "logging.trackers" else NAMED.get(key)
     if kind is not None:
-        built = [n for n in names.BUILT[kind] if n != INTERNAL.get(kind)]
-        return _words([*built, *(own.installed(kind) if kind in names.OPEN else ())])
-    return _words(choice for choice in setting.choices if choice)
+        return _words([*written(kind, key), *(own.installed(kind) if kind in names.OPEN else ())])
+    refused, _ = PYTORCH_LACKS.get(key, ((), ""))
+    return _words(choice for choice in setting.choices if choice and choice not in refused)
 
 
 def _words(found: Iterable[str]) -> str:

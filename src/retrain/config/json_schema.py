@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from retrain.config import names, own
 from retrain.config.fields import sections, settings
-from retrain.config.rules import INTERNAL, NAMED
+from retrain.config.rules import FIELDS, NAMED, PYTORCH_LACKS, written
 from retrain.config.schema import Section
 from retrain.config.tables import MixtureTable, PartTable, SuiteTable
 
@@ -21,6 +21,7 @@ DRAFT = "http://json-schema.org/draft-07/schema#"
 TITLE = "retrain configuration"
 
 _DOTTED = r"^[^\W\d]\w*([.:][^\W\d]\w*)+$"
+_CURVE = r"^$|^[^/\x00-\x1f\x7f]*[^/\s\x00-\x1f\x7f][^/\x00-\x1f\x7f]*$"
 _TABLES: Mapping[str, type[Section]] = {
     "data.mixture": MixtureTable,
     "eval.suites": SuiteTable,
@@ -48,7 +49,25 @@ def json_schema() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": found,
+        "allOf": _conditions(),
     }
+
+
+def _conditions() -> list[dict[str, Any]]:
+    """What the loader refuses unless an engine, or a source, of one's own may know better."""
+    inference = {key.partition(".")[2]: {"not": {"enum": list(lacks)}} for key, (lacks, _) in PYTORCH_LACKS.items()}
+    of_ours = {"properties": {"fields": {"propertyNames": {"enum": list(FIELDS)}}}}
+    built = ["", *names.BUILT["source"]]
+    both_ours = {key: {"properties": {"source": {"enum": built}}} for key in ("data", "eval")}
+    reads_fields = [
+        {"required": [key], "properties": {key: {"required": ["source"], "properties": {"source": {"enum": ["jsonl", "hf"]}}}}}
+        for key in ("data", "eval")
+    ]
+    pytorch = {"properties": {"inference": {"properties": {"engine": {"enum": ["pytorch"]}}}}}
+    return [
+        {"if": pytorch, "then": {"properties": {"inference": {"properties": inference}}}},
+        {"if": {"anyOf": [{"properties": both_ours}, *reads_fields]}, "then": {"properties": {"data": of_ours}}},
+    ]
 
 
 def _section(prefix: str, model: type[Section]) -> dict[str, Any]:
@@ -106,7 +125,7 @@ def _special(key: str, spec: dict[str, Any]) -> dict[str, Any]:
     """What the types alone do not say: names, tables with keys of their own, and second ways of writing a value."""
     section, _, name = key.rpartition(".")
     if key in NAMED:
-        return _named(spec, _known(NAMED[key]), is_open=NAMED[key] in names.OPEN, may_be_empty=_may_be_empty(key))
+        return _named(spec, _known(NAMED[key], key), is_open=NAMED[key] in names.OPEN, may_be_empty=_may_be_empty(key))
     if key == "logging.trackers":
         spec["items"] = _named(spec["items"], _known("sink"), is_open=True)
     elif key in _TABLES:
@@ -120,9 +139,11 @@ def _special(key: str, spec: dict[str, Any]) -> dict[str, Any]:
     elif key == "environment.args":
         return _either(spec, {"type": "string", "pattern": r"^\s*(\{[\s\S]*\}\s*)?$"})
     elif key == "backend.devices":
-        return {**spec, "pattern": r"^\s*(cpu|gpu:\d{1,3})(\s*,\s*(cpu|gpu:\d{1,3}))*\s*$", "examples": ["gpu:0", "cpu"]}
+        return {**spec, "pattern": "^(cpu|gpu:[0-9]{1,3})$", "examples": ["gpu:0", "cpu"]}
     elif key == "model.trust_remote_code":
         return {**spec, "const": False}
+    elif section in _TABLES and name == "name":
+        return {**spec, "pattern": _CURVE}
     elif key == "data.fields":
         spec["propertyNames"] = {"minLength": 1}
     return spec
@@ -132,9 +153,8 @@ def _may_be_empty(key: str) -> bool:
     return settings()[key].default == "" or key == "environment.provider"
 
 
-def _known(kind: str) -> list[str]:
-    built = [n for n in names.BUILT[kind] if n != INTERNAL.get(kind)]
-    return [*built, *names.ALIASES.get(kind, {}), *(own.installed(kind) if kind in names.OPEN else ())]
+def _known(kind: str, key: str = "") -> list[str]:
+    return [*written(kind, key), *names.ALIASES.get(kind, {}), *(own.installed(kind) if kind in names.OPEN else ())]
 
 
 def _known_in_tables(section: str, name: str) -> list[str]:

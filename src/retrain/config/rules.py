@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from retrain.config import names, own
 from retrain.config.fields import literal
@@ -38,6 +38,22 @@ NAMED = {
 INTERNAL = {"environment": "single_turn", "reward": "routed", "sink": "console"}
 """Names that the plug-in table holds and no configuration writes."""
 
+FIELDS = ("question", "answer", "id")
+"""What a row is made of, for data.fields."""
+
+PYTORCH_LACKS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "inference.dtype": (("fp8", "fp4"), 'it computes in bf16 or fp32; write "auto", "bf16" or "fp32".'),
+    "inference.kv_cache_dtype": (("int8",), 'it caches in the model\'s format or in fp8; write "auto".'),
+    "inference.attention_kernel": (("triton", "tk", "cutlass"), 'it has "default" and "flash".'),
+}
+"""Setting -> the choices that the engine ``pytorch`` refuses, and the fix; an engine of one's own may have them."""
+
+
+def written(kind: str, key: str = "") -> list[str]:
+    """The built-in names of a kind that a configuration may write, at the setting ``key`` where that matters."""
+    without = (INTERNAL.get(kind), "mixture" if key == "eval.source" else None)
+    return [name for name in names.BUILT[kind] if name not in without]
+
 
 def check(config: Config) -> Iterator[Problem]:
     """Every finding across settings, refusals and announcements."""
@@ -57,8 +73,8 @@ def _names(config: Config) -> Iterator[Problem]:
 
 
 def _name(config: Config, key: str, kind: str, value: str, index: int | None = None) -> Iterator[Problem]:
-    built = [n for n in names.BUILT[kind] if n != INTERNAL.get(kind)]
-    if value in built:
+    built = written(kind, key)
+    if value in names.BUILT[kind] and value != INTERNAL.get(kind):
         return
     path = path_of(key) if index is None else (*path_of(key), index)
     shown = stated(config, key) if index is None else f"{key}: {literal(value)}"
@@ -154,7 +170,7 @@ def _combinations(config: Config) -> Iterator[Problem]:
     # A source of one's own has fields of its own, which only the built-in ones that read fields refuse.
     own_fields = own_source(config) and not {config.data.source, config.eval.source} & {"jsonl", "hf"}
     for name in () if own_fields else config.data.fields:
-        if name not in ("question", "answer", "id"):
+        if name not in FIELDS:
             yield Problem(
                 ("data", "fields", name),
                 f"data.fields.{name} is not one of our fields.",
@@ -189,22 +205,8 @@ def _engine(config: Config) -> Iterator[Problem]:
         )
     if inference.engine != "pytorch":
         return
-    refused: list[tuple[str, tuple[str, ...], str]] = [
-        (
-            "dtype",
-            ("fp8", "fp4"),
-            'it computes in bf16 or fp32; write "auto", "bf16" or "fp32".',
-        ),
-        (
-            "kv_cache_dtype",
-            ("int8",),
-            'it caches in the model\'s format or in fp8; write "auto".',
-        ),
-        ("attention_kernel", ("triton", "tk", "cutlass"), 'it has "default" and "flash".'),
-    ]
-    for name, values, fix in refused:
-        if getattr(inference, name) in values:
-            key = f"inference.{name}"
+    for key, (values, fix) in PYTORCH_LACKS.items():
+        if get(config, key) in values:
             yield Problem(
                 path_of(key),
                 f'{stated(config, key)} does not work with inference.engine = "pytorch".',
