@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from retrain import machine, plugins, preflight
+from retrain import estimate, machine, plugins, preflight
 from retrain.adapter_settings import check_start_adapter
 from retrain.algorithms import credit
 from retrain.config.load import LoadedConfig
@@ -20,14 +19,14 @@ from retrain.config.own import named_plugins
 from retrain.config.schema import Config
 from retrain.config.tables import rewards_by_source
 from retrain.environments.mixture import training_tasks
-from retrain.errors import ConfigError, ModelError, RetrainError
+from retrain.errors import ConfigError, ModelError, RetrainError, RunError
 from retrain.machine import Check, Status
 from retrain.protocols import Renderer, Reward
 from retrain.training import build, dry
 from retrain.training.own_parts import make_environment
 from retrain.training.rollout import EventLoop
-from retrain.training.self_check import Report, check_references
-from retrain.types import Task
+from retrain.training.self_check import Report, check_references, try_credit
+from retrain.types import Message, Task
 
 T = TypeVar("T")
 
@@ -36,6 +35,9 @@ _SAMPLE = 8
 _BAD_SHARE = 0.05
 """Share of refused references from which data and reward do not fit each other."""
 _FOREVER = 1e9
+_UNKNOWN = "retrain CONFIG --debug shows where it is raised."
+_NOT_TRIED = ("backend", "engine", "loss", "sink")
+"""Kinds of plug-in that only a run can try: they want a device, a model or an account."""
 
 log = logging.getLogger("retrain")
 
@@ -79,8 +81,11 @@ class _Checklist:
         """Keep a finding."""
         self.checks.append(Check("run", name, status, what.strip(), fix))
 
-    def ask(self, name: str, work: Callable[[], T], say: Callable[[T], str]) -> T | None:
-        """What ``work`` returns, described by ``say``; None where it raised, which is then a problem."""
+    def ask(
+        self, name: str, work: Callable[[], T], say: Callable[[T], str], *, fix: str = _UNKNOWN
+    ) -> T | None:
+        """What ``work`` returns, described by ``say``; None where it raised, which is then a problem, with ``fix`` for what
+        only a library or a plug-in can have raised."""
         with dry.held_warnings() as warned:
             try:
                 result = work()
@@ -91,6 +96,10 @@ class _Checklist:
                 return None
             except RetrainError as error:
                 self.add(name, "problem", error.message, error.fix)
+                return None
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - one check that breaks must not hide the others
+                first = str(error).strip().partition("\n")[0]
+                self.add(name, "problem", f"{type(error).__name__}: {first}".removesuffix(": "), fix)
                 return None
         text = say(result)
         if text:
@@ -104,6 +113,13 @@ def config_checks(
     loaded: LoadedConfig, *, every_task: bool, progress: Callable[[int, int], None] | None = None
 ) -> list[Check]:
     """Every cheap check of a run of ``loaded``; ``every_task`` scores the reference of every task, with ``progress``."""
+    with dry.without_torch():
+        return _config_checks(loaded, every_task=every_task, progress=progress)
+
+
+def _config_checks(
+    loaded: LoadedConfig, *, every_task: bool, progress: Callable[[int, int], None] | None
+) -> list[Check]:
     config, checklist = loaded.config, _Checklist()
     for line in loaded.announcements:
         checklist.add("settings", "warning", line)
@@ -116,6 +132,7 @@ def config_checks(
     checklist.ask("start adapter", lambda: check_start_adapter(config), lambda found: "fits" if found else "")
     checklist.ask("base model", lambda: _weights(config), str)
     renderer = checklist.ask("tokenizer", lambda: dry.load_renderer(config), _describe)
+    checklist.ask("memory", lambda: _memory(config), str)
     if renderer is not None and not renderer.stop_ids and not config.training.stop:
         checklist.add("tokenizer", "warning", "the model names no end token: every answer runs to training.max_tokens",
                       "set training.stop, or use the model's instruct version.")  # fmt: skip
@@ -129,15 +146,19 @@ def config_checks(
             _advice(checklist, config, renderer, tasks, held_out)
     # Which tokenizer it is hardly matters to what follows, so that one that is not here hides nothing.
     some = renderer or dry.load_renderer(_with_tiny(config))
+    sample = (
+        tasks[0] if tasks else Task("made-up", (Message("user", "6 * 7 = ?"),), "42", config.data.source, 0)
+    )
     checklist.ask("environment", lambda: make_environment(config, some), lambda _: _environment(config))
-    checklist.ask("algorithm", lambda: _algorithm(config, some), str)
+    checklist.ask("algorithm", lambda: _algorithm(config, some, sample), str)
     _rewards(checklist, config, some, tasks, every_task=every_task, progress=progress)
     return checklist.checks
 
 
 def _with_tiny(config: Config) -> Config:
     model = config.model.model_copy(update={"model": TINY_MODEL, "revision": ""})
-    return config.model_copy(update={"model": model})
+    data = config.data.model_copy(update={"template_args": {}})
+    return config.model_copy(update={"model": model, "data": data})
 
 
 def summary(checks: Sequence[Check], loaded: LoadedConfig | None) -> dict[str, Any]:
@@ -153,21 +174,29 @@ def summary(checks: Sequence[Check], loaded: LoadedConfig | None) -> dict[str, A
 
 def _directory(config: Config) -> str:
     place = preflight.choose_directory(config, overwrite=False, fork=False)
-    if place.directory.is_dir():
-        preflight.check_writable(place.directory, "logging.log_dir")
-    else:
-        above = next(p for p in place.directory.absolute().parents if p.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"logging.log_dir = {str(place.directory)!r} cannot be made: {above} cannot be written.",
-                fix="give another logging.log_dir or change its permissions.",
-            )
+    preflight.check_writable(place.directory, "logging.log_dir", make=False)
+    if config.backend.adapter_path:
+        target = preflight.expanded(config.backend.adapter_path, "backend.adapter_path")
+        preflight.check_writable(target, "backend.adapter_path", make=False)
     return place.note or f"{place.directory}, {'continued' if place.how == 'resume' else 'free'}"
 
 
 def _named(config: Config) -> str:
-    own = named_plugins(config)
-    return ", ".join(f"{kind} {name}" for kind, name in own) if own else "none named"
+    own = [
+        f"{kind} {name}{' (not tried)' if kind in _NOT_TRIED else ''}" for kind, name in named_plugins(config)
+    ]
+    return ", ".join(own) or "none named"
+
+
+def _memory(config: Config) -> str:
+    if config.backend.backend != "local":
+        return f"not known for backend {config.backend.backend}"
+    try:
+        estimate.model_of(config)
+    except ModelError:
+        return "not known: the model's config.json is not here"
+    preflight.check_fit(config)
+    return "weights, adapter and optimizer fit; retrain explain says what else is needed"
 
 
 def _weights(config: Config) -> str:
@@ -227,10 +256,13 @@ def _prompts(checklist: _Checklist, config: Config, renderer: Any, tasks: Sequen
         room = f"has {context:,} positions" if context else "does not say how many positions it has"
         return f"at most {tokens:,} tokens, and an answer of {config.training.max_tokens:,}; the model {room}"
 
-    try:
-        checklist.ask("prompts", lambda: preflight.check_lengths(config, renderer, tasks, context), say)
-    except ValueError as error:  # a chat template that refuses the messages: every rollout would break
-        checklist.add("prompts", "problem", str(error), "change data.system, or use another model.")
+    # What else can break there is a chat template that refuses the messages: every rollout would.
+    checklist.ask(
+        "prompts",
+        lambda: preflight.check_lengths(config, renderer, tasks, context),
+        say,
+        fix="change data.system, or use another model.",
+    )
 
 
 def _advice(
@@ -254,9 +286,18 @@ def _environment(config: Config) -> str:
     return config.environment.provider or "one question, one answer"
 
 
-def _algorithm(config: Config, renderer: Renderer) -> str:
+def _algorithm(config: Config, renderer: Renderer, task: Task) -> str:
     found = credit.build(config, renderer)
     credit.build_schedule(config)
+    sampling = build.sampling_of(config, renderer, temperature=config.training.temperature)
+    members = max(2, config.training.group_size)
+    try:
+        try_credit(found, renderer, task, members=members, with_entropies=sampling.want_entropy)
+    except RunError as error:
+        if not isinstance(error.__cause__, KeyError):
+            raise
+        # What a made-up score lacks: parts, which only the reward gives.
+        log.warning("%s On a made-up group, without the reward's parts: see retrain trace.", error.message)
     name = found.whole_name or f"{found.advantage_name}, then {found.transform_name}"
     return f"{name}; uncertainty {found.uncertainty_name}, planning tokens by {found.detector_name}"
 
@@ -285,8 +326,13 @@ def _rewards(
             chosen, reward, config.reward.type, threshold=threshold, by_source=rewards_by_source(config),
             progress=progress if every_task else None,
         )  # fmt: skip
-        report = loop.run(work, phase="scoring", deadline_s=_FOREVER)
-        if chosen:
+        report = checklist.ask(
+            "references",
+            lambda: loop.run(work, phase="scoring", deadline_s=_FOREVER),
+            lambda _: "",
+            fix="correct the reward.",
+        )
+        if chosen and report is not None:
             _judge(checklist, config, report, every_task=every_task)
     finally:
         loop.close()

@@ -21,7 +21,7 @@ from retrain.config.schema import Config
 from retrain.environments.sources import digest_of
 from retrain.errors import ResumeError, RetrainError
 from retrain.tracking import layout
-from retrain.tracking.read import RunRecord
+from retrain.tracking.read import RunRecord, is_locked
 from retrain.training import build, dry
 from retrain.training.checkpoint import damage
 from retrain.training.own_parts import make_backend
@@ -98,7 +98,10 @@ def look(name: str, overrides: Sequence[Override], *, weights: bool) -> Continua
     ]
     because = fix = ""
     try:
-        if record.state in ("running", "silent"):
+        plugins.add_search_paths(loaded.search_paths)
+        preflight.check_plugins(config)
+        # What run.json says is no sign: it may be of another host, or of the moment before a run has begun.
+        if is_locked(directory / layout.LOCK):
             raise ResumeError(
                 f"another process is writing the run in {directory}.", fix="wait for it, or stop it."
             )
@@ -112,8 +115,7 @@ def look(name: str, overrides: Sequence[Override], *, weights: bool) -> Continua
             (directory / layout.CHECKPOINTS / used.name / layout.STATE).read_text(encoding="utf-8")
         )
         preflight.check_steps(config, used.step)
-        plugins.add_search_paths(loaded.search_paths)
-        preflight.check_plugins(config)
+        _check_streams(directory, state["log"]["bytes"])
         _compare(config, state, found, weights=weights)
     except RetrainError as error:
         because, fix = (str(error), "") if getattr(error, "problems", ()) else (error.message, error.fix)
@@ -134,6 +136,18 @@ def look(name: str, overrides: Sequence[Override], *, weights: bool) -> Continua
         fix=fix,
         command=_command(directory, overrides),
     )
+
+
+def _check_streams(directory: Path, lengths: Mapping[str, int]) -> None:
+    """ResumeError where a file of lines is shorter than its checkpoint knows: see ``RunLog.load_state_dict``."""
+    for name, length in lengths.items():
+        path = directory / name
+        size = path.stat().st_size if path.exists() else 0
+        if size < length:
+            raise ResumeError(
+                f"{path} has fewer bytes than its checkpoint knows ({size} of {length}).",
+                fix="restore the file from a copy, or start a new run.",
+            )
 
 
 def _as_the_run_sees_it(loaded: LoadedConfig, before: Config, directory: Path) -> Config:
@@ -185,6 +199,7 @@ def _compare(config: Config, state: Mapping[str, Any], found: _Findings, *, weig
     check_start_adapter(config)
     with dry.held_warnings(), dry.parts(config, model_follows=weights) as parts:
         renderer: Any = parts.renderer
+        preflight.check_fit(config)
         preflight.check_lengths(config, renderer, (*parts.tasks, *parts.held_out), renderer.context_length)
         dry.check_trackers(config)
         build.check_bounds(config, getattr(parts.reward, "bounds", None))
@@ -202,12 +217,10 @@ def _compare(config: Config, state: Mapping[str, Any], found: _Findings, *, weig
     if before.get("eval_tasks"):
         found.compared.append("evaluation tasks")
     counters: Mapping[str, Any] = state["counters"]
-    step, every = int(state["step"]), config.eval.every
-    reasons = preflight.inexact_because(config, before, now, counters["reward_errors"])
-    due = step == 0 or (every and step % every == 0)
-    if counters["evaluated_at"] == step < config.training.max_steps and not due:
-        reasons.append(f"the evaluation after step {step} was due only at the shorter run's end")
-    found.inexact = list(dict.fromkeys(reasons))
+    found.inexact = preflight.inexact_on_resume(
+        config, before, now,
+        step=int(state["step"]), evaluated_at=counters["evaluated_at"], reward_errors=counters["reward_errors"],
+    )  # fmt: skip
 
 
 def _facts(config: Config, parts: dry.Parts) -> dict[str, Any]:
@@ -216,6 +229,7 @@ def _facts(config: Config, parts: dry.Parts) -> dict[str, Any]:
         **build.facts(),
         "tokenizer": getattr(parts.renderer, "fingerprint", ""),
         "schedule_steps": str(config.training.max_steps) if config.training.lr_schedule != "constant" else "",
+        "train_tasks": digest_of(parts.tasks),
         "eval_tasks": digest_of(parts.held_out) if parts.held_out else "",
         "reward_code": getattr(parts.reward, "code_digest", ""),
         "plugins": ", ".join(map(" ".join, plugins.digests(named_plugins(config)).items())),

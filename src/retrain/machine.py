@@ -71,6 +71,16 @@ except Exception as error:
 json.dump(found, sys.stdout)
 """
 
+_WANDB = """
+import json
+import wandb
+try:
+    out = wandb.setup().settings.mode == "online" and not wandb.login(prompt=False)
+    print(json.dumps("it is not logged in" if out else ""))
+except Exception as error:
+    print(json.dumps(str(error).partition(chr(10))[0] or type(error).__name__))
+"""
+
 _LOCK = """
 import fcntl, sys
 with open(sys.argv[1], "a") as file:
@@ -128,6 +138,19 @@ def ask_torch(deadline_s: float = TORCH_DEADLINE_S) -> dict[str, Any]:
         last = done.stderr.strip().rpartition("\n")[2]
         why = f"it ended by signal {-done.returncode}" if done.returncode < 0 else last or "it said nothing"
         return {"version": "", "devices": [], "error": why}
+
+
+def ask_wandb(deadline_s: float = TORCH_DEADLINE_S) -> str | None:
+    """Why wandb would refuse to start a run here, "" where it would not; None where it gives no answer. Asked in a child
+    process, because its import takes a second and stays."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _WANDB],
+            capture_output=True, text=True, timeout=deadline_s, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        return str(json.loads(done.stdout.splitlines()[-1]))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
 
 
 def _software() -> Iterator[Check]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrain import plugins
+from retrain import plugins, preflight
 from retrain.algorithms import transforms
 from retrain.algorithms.credit import Algorithm, correct, credit_step
 from retrain.algorithms.transforms import SEPA_TRANSFORMS
@@ -26,7 +26,7 @@ from retrain.errors import UsageError
 from retrain.protocols import Renderer
 from retrain.training import dry
 from retrain.training.batch import pack
-from retrain.training.build import sampling_of
+from retrain.training.build import check_bounds, sampling_of
 from retrain.training.optim import optim_at
 from retrain.training.rollout import EventLoop, RewardErrors, collect
 from retrain.training.self_check import responses
@@ -110,8 +110,15 @@ def follow(loaded: LoadedConfig, wanted: str = "", step: int | None = None) -> W
         # A drawn seed would deal another task each time.
         config = config.model_copy(update={"training": config.training.model_copy(update={"seed": 0})})
     plugins.add_search_paths(loaded.search_paths)
-    step = config.training.max_steps - 1 if step is None else step
+    steps = config.training.max_steps
+    step = steps - 1 if step is None else step
+    if step >= steps:
+        has = "one step" if steps == 1 else f"{steps} steps"
+        raise UsageError(f"--step {step}: the run has {has}, counted from 0.", fix=f"a number below {steps}.")
     with dry.parts(config) as parts:
+        renderer: Any = parts.renderer
+        preflight.check_lengths(config, renderer, (*parts.tasks, *parts.held_out), renderer.context_length)
+        check_bounds(config, getattr(parts.reward, "bounds", None))
         task = _task(parts, wanted)
         loop = EventLoop()
         try:
@@ -125,7 +132,7 @@ def follow(loaded: LoadedConfig, wanted: str = "", step: int | None = None) -> W
 def _follow(config: Config, parts: dry.Parts, task: Task, step: int, loop: EventLoop, *, drawn: bool) -> Walk:
     sampling = sampling_of(config, parts.renderer, temperature=config.training.temperature)
     reward_name = rewards_by_source(config).get(task.source, config.reward.type)
-    form, accepted = _form(config, parts, task, reward_name, sampling, loop)
+    form, refusal = _form(config, parts, task, reward_name, sampling, loop)
     answers = _answers(task, reward_name, form)
     scored = _scored(config, parts, task, answers, sampling, step, loop)
     sepa_lambda = parts.schedule.linear_lambdas([step])[0]
@@ -173,7 +180,7 @@ def _follow(config: Config, parts: dry.Parts, task: Task, step: int, loop: Event
             "lr": optim_at(config, step).lr,
             "step_rollouts": config.training.batch_size * config.training.group_size,
         },
-        notes=tuple(_notes(config, parts, task, members, credited, accepted, drawn=drawn)),
+        notes=tuple(_notes(config, parts, task, members, credited, refusal, drawn=drawn)),
     )
 
 
@@ -198,15 +205,25 @@ def _task(parts: dry.Parts, wanted: str) -> Task:
 
 def _form(
     config: Config, parts: dry.Parts, task: Task, reward_name: str, sampling: Sampling, loop: EventLoop
-) -> tuple[int, bool]:
-    """Which form of the reference the reward likes best (its place in ``responses``), and whether it accepts it."""
+) -> tuple[int, str]:
+    """Which form of the reference the reward likes best (its place in ``responses``), and why it does not accept it, ""
+    where it does."""
     texts = responses(_with_reference(task), reward_name)
     tried = [Answer("", text) for text in texts]
+    # Whole, whatever the limit: that an answer is cut says nothing about the reward.
+    renderer: Any = parts.renderer
+    longest = max(len(renderer.encode_answer(text)) for text in texts) + 1
+    sampling = replace(sampling, max_tokens=max(sampling.max_tokens, longest))
     scored = _scored(config, parts, task, tried, sampling, 0, loop)
     rewards = [-np.inf if s.error else s.reward for s in scored.scores_G]
     best = int(np.argmax(rewards))
-    verdict = correct(scored.scores_G[best], config.reward.correct_at)
-    return best, verdict is not False and not scored.scores_G[best].error
+    score = scored.scores_G[best]
+    if score.error:
+        why = score.error.strip().rpartition("\n")[2]
+        return best, f"The reward failed on the task's own reference ({why})"
+    if correct(score, config.reward.correct_at) is False:
+        return best, "The reward does not accept the task's own reference in any form tried"
+    return best, ""
 
 
 def _with_reference(task: Task) -> Task:
@@ -383,7 +400,7 @@ def _uses_sepa(config: Config, algorithm: Algorithm) -> bool:
 
 
 def _notes(
-    config: Config, parts: dry.Parts, task: Task, members: Sequence[Member], credited: CreditedGroup, accepted: bool,
+    config: Config, parts: dry.Parts, task: Task, members: Sequence[Member], credited: CreditedGroup, refusal: str,
     *, drawn: bool,
 ) -> list[str]:  # fmt: skip
     found = [
@@ -393,11 +410,8 @@ def _notes(
         found.append("training.seed = -1 draws a seed for each run; here it is 0.")
     if not task.reference.strip():
         found.append("The task has no reference.")
-    elif not accepted:
-        found.append(
-            "The reward does not accept the task's own reference in any form tried: retrain doctor --tasks tells for how many "
-            "tasks that is so."
-        )
+    elif refusal:
+        found.append(f"{refusal}: retrain doctor --tasks tells for how many tasks that is so.")
     verdicts = {m.name: m.correct for m in members}
     if task.reference.strip() and verdicts.get("wrong answer"):
         found.append("The reward takes the wrong answer for correct.")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from retrain import machine, plugins
+from retrain import cards, machine, plugins, preflight
 from retrain.backends.local import LocalBackend
 from retrain.cli import inventory
 from retrain.cli.main import main
@@ -218,8 +218,8 @@ def test_trace_names_what_is_wrong(said: Callable[..., str], place: Path) -> Non
     )
     mine = ("--reward-type", "custom", "--custom-module", "mine", "--custom-function")
     broken = said(*own, "--task", "0", *mine, "broken")
-    assert "failed" in broken
-    assert "ZeroDivisionError" in broken
+    assert "The reward failed on the task's own reference (ZeroDivisionError" in broken
+    assert "does not accept" not in broken
     more = (
         "from retrain.types import Message, Task\n\n\ndef tasks(data, split):\n"
         "    return [Task('t/0', (Message('user', 'a number?'),), '', 't', 0)]\n"
@@ -228,6 +228,38 @@ def test_trace_names_what_is_wrong(said: Callable[..., str], place: Path) -> Non
     without = said("trace", "run.toml", "--data-source", "source.tasks", *mine, "score")
     assert "The task has no reference." in without
     assert "42, for want of a reference" in without
+
+
+def test_trace_refuses_what_a_run_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "run.toml", "--max-tokens", "600"]) == 2
+    said = capsys.readouterr().err
+    assert "512" in said
+    assert main(["run.toml", "--max-tokens", "600", "--plain"]) == 2
+    assert said.strip() in capsys.readouterr().err
+    assert main(["trace", "run.toml", "--step", "3"]) == 2
+    assert "--step 3: the run has 3 steps, counted from 0." in capsys.readouterr().err
+    assert main(["trace", "run.toml", "--step", "2"]) == 0
+
+
+def test_trace_tells_an_answer_that_is_cut_from_one_that_is_refused(said: Callable[..., str]) -> None:
+    notes = json.loads(said("trace", "run.toml", "--max-tokens", "1", "--json"))["notes"]
+    assert '"reference" needs more than training.max_tokens = 1 tokens and was cut.' in notes
+    assert not any("does not accept" in note for note in notes)
+
+
+def test_a_run_can_follow_a_look_in_one_process(place: Path) -> None:
+    code = (
+        "import sys; from retrain import machine; from retrain.cli.main import main\n"
+        "machine.ask_torch = lambda: {'version': '2', 'devices': [], 'error': ''}\n"
+        "looked = main(['doctor', 'run.toml']), main(['trace', 'run.toml'])\n"
+        "assert not [m for m in sys.modules if m.startswith(('torch', 'transformers'))]\n"
+        "sys.exit(any(looked) or main(['run.toml', '--max-steps', '1', '--plain']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((place / "logs" / "here" / "run.json").read_text())["status"] == "done"
 
 
 def test_trace_and_the_lists_never_import_torch(place: Path) -> None:
@@ -342,6 +374,141 @@ def test_doctor_names_every_problem_at_once(said: Callable[..., str], place: Pat
     }  # fmt: skip
     assert all(c["fix"] for c in problems.values())
     assert "did you mean 'early'?" in problems["plug-ins"]["fix"]
+
+
+def problems_of(text: str) -> dict[str, str]:
+    return {c["name"]: c["what"] for c in run_area(text) if c["status"] == "problem"}
+
+
+def test_doctor_of_a_model_that_cannot_fit(
+    said: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cards, "_host_bytes", lambda: 2**20)
+    monkeypatch.setattr(cards, "_swap_bytes", lambda: 0)
+    found = problems_of(said("doctor", "run.toml", "--json", code=1))
+    assert list(found) == ["memory"]
+    assert main(["run.toml", "--plain"]) == 2
+    assert found["memory"] in capsys.readouterr().err
+
+
+def test_doctor_goes_on_where_a_reward_returns_the_wrong_thing(said: Callable[..., str], place: Path) -> None:
+    (place / "plugins").mkdir()
+    (place / "plugins" / "judges.py").write_text(
+        "class Wrong:\n    def __init__(self, config, renderer): ...\n\n"
+        "    async def score(self, task, rollouts_G):\n        return {}\n"
+    )
+    found = problems_of(said("doctor", "run.toml", "--json", "--reward-type", "judges.Wrong", code=1))
+    assert list(found) == ["references"]
+    assert "reward 'judges.Wrong' returned a dict" in found["references"]
+
+
+def test_doctor_goes_on_where_a_check_itself_breaks(
+    said: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object) -> None:
+        raise LookupError("no template\nfor this role")
+
+    monkeypatch.setattr(preflight, "check_lengths", breaks)
+    assert problems_of(said("doctor", "run.toml", "--json", code=1)) == {
+        "prompts": "LookupError: no template"
+    }
+
+
+PIECES = """
+import numpy as np
+
+
+def short(rewards_G):
+    return rewards_G[:1]
+
+
+def words(group, advantages_G_T, context):
+    return "abc"
+
+
+def zeros(rollout):
+    return np.zeros(len(rollout.token_ids_T), dtype=np.float32)
+
+
+def marks(config):
+    return lambda text, offsets: [True]
+
+
+def broken(group, context):
+    return 1 / 0
+
+
+def by_parts(group, context):
+    return [score.parts["format"] for score in group.scores_G]
+
+
+class Sink:
+    def __init__(self, config, run_dir):
+        raise RuntimeError("no account")
+
+    def log(self, step, metrics): ...
+
+    def close(self): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "piece", "why"),
+    [
+        ("algorithm.advantage_mode", "short", "returned shape (1,)"),
+        ("algorithm.transform_mode", "words", "returned 3 arrays for a group of 4"),
+        ("algorithm.uncertainty_kind", "zeros", "must be NaN where no token was sampled"),
+        ("planning.detector", "marks", "returned shape (1,)"),
+        ("algorithm.algorithm_mode", "broken", "ZeroDivisionError"),
+        ("algorithm.algorithm_mode", "by_parts", ""),
+    ],
+)
+def test_doctor_tries_own_credit(
+    said: Callable[..., str], place: Path, setting: str, piece: str, why: str
+) -> None:
+    (place / "plugins").mkdir()
+    (place / "plugins" / "pieces.py").write_text(PIECES)
+    words = ("doctor", "run.toml", "--json", f"--{setting}", f"pieces.{piece}")
+    if not why:
+        (line,) = [c["what"] for c in run_area(said(*words)) if "KeyError" in c["what"]]
+        assert "without the reward's parts" in line
+        return
+    found = problems_of(said(*words, code=1))
+    assert list(found) == ["algorithm"]
+    assert why in found["algorithm"]
+
+
+def test_doctor_says_what_it_has_not_tried(said: Callable[..., str], place: Path) -> None:
+    (place / "plugins").mkdir()
+    (place / "plugins" / "pieces.py").write_text(PIECES)
+    checks = run_area(said("doctor", "run.toml", "--json", "--logging.trackers", '["pieces.Sink"]'))
+    assert [c["what"] for c in checks if c["name"] == "plug-ins"] == ["sink pieces.Sink (not tried)"]
+
+
+def test_doctor_of_a_directory_that_cannot_be_made(
+    said: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag, name in (("--log-dir", "run directory"), ("--adapter-path", "run directory")):
+        for path in ("/proc/nothing/here", "run.toml/here"):
+            found = problems_of(said("doctor", "run.toml", "--json", flag, path, code=1))
+            assert list(found) == [name]
+            assert main(["run.toml", "--plain", flag, path]) == 2
+            assert found[name].split(" cannot")[1] in capsys.readouterr().err
+
+
+def test_doctor_asks_wandb_itself(
+    said: Callable[..., str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(place / name))
+    words = ("doctor", "run.toml", "--json", "--wandb-project", "p")
+    found = problems_of(said(*words, code=1))
+    assert found == {"trackers": "tracker 'wandb' would not start: it is not logged in."}
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert problems_of(said(*words)) == {}
+    monkeypatch.setattr(machine, "ask_wandb", lambda: None)
+    assert "wandb gives no answer" in said(*words)
 
 
 def test_doctor_of_a_device_that_is_not_here(said: Callable[..., str]) -> None:
@@ -505,15 +672,25 @@ def test_plugins_of_installed_packages_are_listed(
         "Metadata-Version: 2.1\nName: theirs\nVersion: 1.2\n"
     )
     (site / "theirs-1.2.dist-info" / "entry_points.txt").write_text(
-        "[retrain.advantage]\nflat = theirs.pieces:flat\n"
+        "[retrain.advantage]\nflat = theirs.pieces:flat\ngrpo = theirs.pieces:flat\n"
+        "[retrain.engine]\nmine = theirs.pieces:flat\n"
     )
+    (site / "others-3.dist-info").mkdir()
+    (site / "others-3.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 3\n")
+    (site / "others-3.dist-info" / "entry_points.txt").write_text("[retrain.engine]\nmine = others:engine\n")
     (site / "theirs").mkdir()
     (site / "theirs" / "__init__.py").write_text("raise SystemExit('nobody may import this')\n")
     (site / "theirs" / "pieces.py").write_text(
         'def flat(rewards_G):\n    """Always the same."""\n    return 0 * rewards_G\n'
     )
     monkeypatch.syspath_prepend(str(site))
-    assert "flat          Always the same (from theirs 1.2)" in said("plugins", "advantage")
+    text = said("plugins", "advantage")
+    assert "flat          Always the same (from theirs 1.2)" in text
+    assert "grpo          Always the same (from theirs 1.2; never used: the name is a built-in one's)" in text
+    text = said("plugins", "engine")
+    assert "mine     Always the same (from theirs 1.2; ambiguous: others 3 adds this name too)" in text
+    assert "mine     others:engine (from others 3; ambiguous: theirs 1.2 adds this name too)" in text
+    assert "Always the same (ambiguous: others 3 adds this name too)" in said("backends")
 
 
 def test_plugins_of_another_folder_and_of_a_broken_configuration(

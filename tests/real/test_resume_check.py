@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from retrain import cards
 from retrain.cli.main import main
 from retrain.config.load import load
 from retrain.errors import RetrainError
@@ -161,6 +163,63 @@ def test_without_an_intact_checkpoint_nothing_can_be_resumed(
         cut(path)
     code, found = checked(capsys)
     assert (code, found["byte_exact"], found["because"]) == (1, None, "run holds no intact checkpoint.")
+    agrees(found, resumed())
+
+
+@pytest.mark.parametrize("name", [layout.METRICS, layout.GENERATIONS])
+@pytest.mark.parametrize("gone", [True, False])
+def test_files_shorter_than_the_checkpoint_knows(
+    place: Path, capsys: pytest.CaptureFixture[str], name: str, gone: bool
+) -> None:
+    path = place / "run" / name
+    path.unlink() if gone else path.write_bytes(path.read_bytes()[:-1])
+    code, found = checked(capsys)
+    assert code == 1
+    assert "has fewer bytes than its checkpoint knows" in found["because"]
+    assert path.exists() != gone
+    agrees(found, resumed())
+
+
+def says(place: Path, **facts: object) -> None:
+    """Change what run.json says."""
+    path = place / "run" / layout.RUN
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+
+
+@pytest.mark.parametrize("status", ["interrupted", "hung"])
+def test_a_lock_that_is_held_bars_whatever_the_status_says(
+    place: Path, capsys: pytest.CaptureFixture[str], status: str
+) -> None:
+    now = time.time()
+    says(place, status="running" if status == "hung" else status, heartbeat=now, pid=1, started=now)
+    (place / "run" / layout.HEARTBEAT).write_text(
+        json.dumps({"pid": 1, "started": now, "time": now, "moved": now - 1e4, "usual_s": 1.0})
+    )
+    with (place / "run" / layout.LOCK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, found = checked(capsys)
+        assert (code, found["state"]) == (1, status)
+        assert found["because"] == "another process is writing the run in run."
+        agrees(found, resumed())
+
+
+def test_a_run_that_was_killed_on_another_host_goes_on(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says(place, status="running", host="another", heartbeat=time.time())
+    code, found = checked(capsys)
+    assert (code, found["state"]) == (0, "running")
+    agrees(found, resumed())
+
+
+def test_a_run_that_does_not_fit_here(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cards, "_host_bytes", lambda: 2**20)
+    monkeypatch.setattr(cards, "_swap_bytes", lambda: 0)
+    code, found = checked(capsys)
+    assert code == 1
+    assert found["because"].startswith("this run cannot fit")
     agrees(found, resumed())
 
 

@@ -90,7 +90,7 @@ class RunRecord:
             return cast("State", status)
         if status != "running":
             return "unknown"
-        if self.is_here and not _is_locked(self.path / layout.LOCK):
+        if self.is_here and is_locked(self.path / layout.LOCK) is False:
             return "dead"
         if self.heartbeat_age > (SILENT_S if self.is_here else SILENT_ELSEWHERE_S):
             return "silent"
@@ -222,12 +222,12 @@ def _parsed(raw: Any) -> Iterator[dict[str, Any]]:
             yield cast("dict[str, Any]", found)
 
 
-def _is_locked(path: Path) -> bool:
-    """Does a live process of this machine hold the run's lock? True where that cannot be seen."""
+def is_locked(path: Path) -> bool | None:
+    """Does a live process hold the run's lock? None where that cannot be seen."""
     try:
         import fcntl
     except ImportError:  # Windows
-        return True
+        return None
     try:
         with path.open("rb") as file:
             try:
@@ -237,4 +237,4 @@ def _is_locked(path: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_UN)
             return False
     except OSError:
-        return path.exists()
+        return None if path.exists() else False

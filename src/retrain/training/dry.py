@@ -9,17 +9,17 @@ import logging
 import os
 import sys
 from collections.abc import Generator
+from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 
-from retrain import plugins
+from retrain import machine, plugins
 from retrain.algorithms import credit
 from retrain.algorithms.credit import Algorithm
 from retrain.algorithms.sepa import SepaSchedule
 from retrain.config.own import named_plugins
 from retrain.config.schema import Config
 from retrain.environments.mixture import training_tasks
-from retrain.errors import PluginError
+from retrain.errors import ConfigError, PluginError
 from retrain.protocols import Environment, Renderer, Reward, TaskSource
 from retrain.training.build import evaluator
 from retrain.training.own_parts import make_environment
@@ -48,6 +48,7 @@ def parts(config: Config, *, model_follows: bool = False) -> Generator[Parts]:
     """Make the parts and close them at the end; errors are those that the run would raise. ``model_follows``: this process
     will load the model as well."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(without_torch())
         renderer = load_renderer(config, model_follows=model_follows)
         tasks, source = training_tasks(config)
         held_out = evaluator(config, renderer)
@@ -66,8 +67,12 @@ def parts(config: Config, *, model_follows: bool = False) -> Generator[Parts]:
 
 
 def load_renderer(config: Config, *, model_follows: bool = False) -> Renderer:
-    """The run's tokenizer and chat template, without torch where nothing else of this process may want it."""
-    with _torch_hidden() if _torch_is_idle(config) and not model_follows else contextlib.nullcontext():
+    """The run's tokenizer and chat template; in a ``without_torch`` block without torch, where nothing else may want it."""
+    light = _light.get()
+    hidden = contextlib.nullcontext()
+    if light is not None and not model_follows and _torch_is_idle(config):
+        light.used, hidden = True, _torch_hidden()
+    with hidden:
         return plugins.load("renderer", "chat")(
             config.model.model, revision=config.model.revision, template_args=config.data.template_args
         )
@@ -80,27 +85,21 @@ def close(part: object) -> None:
 
 
 def check_trackers(config: Config) -> str:
-    """Names of the trackers that the run would start; PluginError for one that is not installed, a warning where wandb
-    knows no account. None is started."""
+    """Names of the trackers that the run would start; PluginError for one that is not installed, ConfigError where wandb
+    would refuse. None is started."""
     wanted = [*config.logging.trackers, *(["wandb"] if config.logging.wandb_project else [])]
     for name in wanted:
         if not plugins.is_own("sink", name) and importlib.util.find_spec(name) is None:
             raise PluginError(f"tracker {name!r} is not installed.", fix=f'pip install "retrain[{name}]".')
-    if "wandb" in wanted and not _wandb_account():
-        log.warning(
-            "wandb: no account on this machine; run wandb login, set WANDB_API_KEY, or set WANDB_MODE=offline."
+    refusal = machine.ask_wandb() if "wandb" in wanted else ""
+    if refusal:
+        raise ConfigError(
+            f"tracker 'wandb' would not start: {refusal}.",
+            fix="run wandb login, set WANDB_API_KEY, or set WANDB_MODE=offline and upload later.",
         )
+    if refusal is None:
+        log.warning("wandb gives no answer: whether it is logged in is not known.")
     return ", ".join(dict.fromkeys(wanted))
-
-
-def _wandb_account() -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        return True
-    with contextlib.suppress(OSError, RuntimeError):
-        return "machine api.wandb.ai" in Path("~/.netrc").expanduser().read_text(
-            encoding="utf-8", errors="replace"
-        )
-    return False
 
 
 class _Warnings(logging.Handler):
@@ -130,6 +129,35 @@ def _torch_is_idle(config: Config) -> bool:
         return False
     own = named_plugins(config) or (config.reward.type == "custom" and not config.reward.isolate)
     return not own and config.planning.detector == "regex"
+
+
+class _Light:
+    """A ``without_torch`` block; ``used`` once a tokenizer was loaded so."""
+
+    used = False
+
+
+_light: ContextVar[_Light | None] = ContextVar("light", default=None)
+
+
+@contextlib.contextmanager
+def without_torch() -> Generator[None]:
+    """Inside, a tokenizer is loaded without torch; at the end transformers, half imported for that, is forgotten, so that
+    this process can still run a model. What was loaded stays usable."""
+    if _light.get() is not None:
+        yield
+        return
+    light = _Light()
+    token = _light.set(light)
+    try:
+        yield
+    finally:
+        _light.reset(token)
+        if light.used:
+            for name in [n for n in sys.modules if n.partition(".")[0] == "transformers"]:
+                del sys.modules[name]
+            # The next import adds its own.
+            logging.getLogger("transformers").handlers.clear()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""Does the reward accept the data's own answers? Every task's reference, written as a response, scored by the reward."""
+"""Does the reward accept the data's own answers, and does credit work? Every task's reference, written as a response,
+scored by the reward; a made-up group, credited by the algorithm."""
 
 from __future__ import annotations
 
@@ -6,15 +7,19 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
-from retrain.protocols import Reward
-from retrain.types import Rollout, Score, Task
+from retrain.algorithms.credit import Algorithm, credit_step
+from retrain.protocols import Renderer, Reward
+from retrain.types import IntArray, Rollout, Score, ScoredGroup, Task
 
 _SHOWN = 5
 _AT_ONCE = 8
 """Tasks that are scored at the same time: rewards in child processes take turns otherwise."""
+
+_ANSWERS = ("Wait, let me check that. \\boxed{42}", "\\boxed{41}")
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 
@@ -115,6 +120,43 @@ async def check_references(
         else:
             failed.append(Finding(task.id, task.reference, None, scores[0].error))
     return Report(len(tasks), accepted, without, tuple(refused), tuple(failed))
+
+
+def try_credit(
+    algorithm: Algorithm, renderer: Renderer, task: Task, *, members: int, with_entropies: bool
+) -> None:
+    """Credit made-up answers of ``members`` rollouts as a step does, one group with both rewards and one with 0 alone.
+
+    PluginError where a piece of one's own returns the wrong thing, RunError where it raises.
+    """
+    some: Any = renderer
+    answers = [(text, some.encode_answer(text)) for text in _ANSWERS]
+
+    def group(rewards_G: Sequence[float]) -> ScoredGroup:
+        rollouts_G = tuple(
+            _sampled(task, i, *answers[i % 2], with_entropies=with_entropies) for i in range(len(rewards_G))
+        )
+        return ScoredGroup(task, rollouts_G, tuple(Score(reward=r) for r in rewards_G))
+
+    rewards_G = [float(i % 2 == 0) for i in range(members)]
+    credit_step([group(rewards_G), group([0.0] * members)], algorithm, 0.5)
+
+
+def _sampled(task: Task, member: int, text: str, ids_T: IntArray, *, with_entropies: bool) -> Rollout:
+    """A rollout of two prompt tokens and ``ids_T``, whose logprobs and entropies rise from token to token."""
+    unknown, n = np.full(2, np.nan, dtype=np.float32), len(ids_T)
+    ramp_T = np.linspace(0.1, 2.0, n, dtype=np.float32)
+    return Rollout(
+        task_id=task.id,
+        member=member,
+        token_ids_T=np.concatenate([ids_T[:1].repeat(2), ids_T]).astype(np.int32),
+        sampled_T=np.arange(n + 2) >= 2,
+        logprobs_T=np.concatenate([unknown, -ramp_T]),
+        entropies_T=np.concatenate([unknown, ramp_T]) if with_entropies else None,
+        text=text,
+        stop="stop",
+        weights_version=0,
+    )
 
 
 def _rollout(task: Task, member: int, text: str) -> Rollout:
