@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 from retrain.config.load import dump_toml
-from retrain.config.problems import names_secret
 from retrain.config.schema import Config
+from retrain.config.secret import names_secret
 from retrain.errors import ConfigError, PluginError, RetrainError, RunError
 from retrain.tracking import layout
 from retrain.tracking.run_log import write_atomically

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from retrain import load_config
 from retrain.config.load import Override, load
+from retrain.config.problems import unknown_and_secret
 from retrain.errors import ConfigError, NotInThisVersion
 
 TINY = '[data]\nsource = "arithmetic"\n'
@@ -213,6 +215,95 @@ SECRETS = [
     '[training]\nlr = "sk-abcdefghijklmnop0123"\n',
     '[training]\nseed = "sk-abcdefghijklmnop0123"\nlr = ["sk-abcdefghijklmnop0123"]\n',
 ]
+
+
+PLACES = (
+    ("backend", "options"), ("environment", "args"), ("data", "template_args"), ("data", "fields"),
+    ("algorithm", "transform_params"), ("algorithm", "advantage_params"), ("algorithm", "params"),
+)  # fmt: skip
+
+
+def refused(raw: dict) -> bool:
+    return bool(unknown_and_secret(raw))
+
+
+@pytest.mark.parametrize("place", PLACES, ids=".".join)
+def test_secrets_are_refused_in_every_free_table(place) -> None:
+    section, key = place
+    for depth in (lambda x: x, lambda x: {"deep": x}, lambda x: {"deep": [{"er": x}]}, json.dumps):
+        found = unknown_and_secret({section: {key: depth({"authorization": "q9"})}})
+        assert [p.message.split(" holds ")[0].startswith(f"{section}.{key}") for p in found] == [True]
+        assert "q9" not in found[0].line("")
+
+
+@pytest.mark.parametrize("place", PLACES, ids=".".join)
+def test_ordinary_settings_are_no_secrets(place) -> None:
+    section, key = place
+    for name, value in ORDINARY:
+        assert not refused({section: {key: {name: value}}}), (name, value)
+        assert not refused({section: {key: {"deep": [{name: value}]}}}), (name, value)
+
+
+SECRET_KEYS = [
+    "authorization", "Authorization", "Proxy-Authorization", "authorization_header", "bearer", "x-api-key", "X-Api-Key",
+    "apiKey", "api_key_2", "openai_api_key", "API_KEY", "apikey", "token", "access_token", "hf_token", "X-Auth-Token",
+    "authToken", "secret", "client_secret", "clientSecret", "aws_secret_access_key", "password", "db_password", "passphrase",
+    "credentials", "aws-credentials", "private_key", "secrets",
+]  # fmt: skip
+SECRET_VALUES = [
+    "Bearer abc123def456", "bearer abc123def456", "Bearer abcdefgh", "Authorization: Bearer abcdefgh", "x-api-key: abcdefgh",
+    "curl -H 'Authorization: Basic dXNlcjpwYXNz' http://x", "sk-proj-abcdefghijklmnop0123", "hf_abcdefghijklmnopqrst",
+    "ghp_abcdefghijklmnopqrstuvwxyz", "github_pat_abcdefghijklmnopqrstuvwxyz", "glpat-abcdefghijklmnopqrst",
+    "gsk_abcdefghijklmnopqrstuvwx",
+    "AKIAABCDEFGHIJKLMNOP", "https://me:abc@example.org", "https://example.org/v1?api_key=abcdefgh12",
+    "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.SflKxwRJSMeK", "-----BEGIN RSA PRIVATE KEY-----",
+]  # fmt: skip
+SHA = "0123456789abcdef0123456789abcdef01234567"
+ORDINARY: list = [
+    ("max_tokens", 5), ("max_tokens", "5"), ("stop_tokens", ["</s>", "Answer:"]), ("stop_token", "END"), ("eos_token", "<s>"),
+    ("pad_token", "pad"), ("think_token", "think"), ("token", "<think>"), ("token", ["a", "b"]), ("tokenizer", "gpt2"),
+    ("tokens", "words"), ("token_budget", "high"), ("special_tokens", {"user": "u"}), ("key", "the key insight"),
+    ("key", "answer"), ("keys", ["a", "b"]), ("sort_key", "length"), ("keyword", "bearer of news"), ("secretary", "x"),
+    ("secret_word_length", 5), ("secret", 42), ("authors", "x"), ("authority", "x"), ("password_length", 8),
+    ("no_password", True), ("api_key_env", "OPENAI_API_KEY"), ("revision", SHA),
+    ("commit", SHA), ("cache_key", SHA), ("monkey", SHA),
+    ("text", "The bearer of this ring, Bearer Street 12345"), ("text", "authorization: required"), ("text", "Authorization"),
+    ("text", "the secret password is a token"), ("text", "a task-oriented-dialogue-benchmark"), ("url", "https://example.org:8000/v1"),
+    ("text", "Bearer {token}"), ("turkey", "x"), ("passed", "x"), ("compass", "x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", SECRET_KEYS)
+def test_keys_that_name_a_secret(key) -> None:
+    assert refused({"backend": {"options": {key: "abc"}}})
+    assert refused({"backend": {"options": {"headers": {key: "abc"}}}})
+    assert not refused({"backend": {"options": {key: ""}}})
+    assert not refused({"backend": {"options": {key: True}}})
+
+
+@pytest.mark.parametrize("value", SECRET_VALUES)
+def test_values_that_look_like_a_secret(value) -> None:
+    for inner in (value, [value], {"x": value}):
+        assert refused({"backend": {"options": {"plain": inner}}})
+    assert refused({"data": {"instruction": value}})
+
+
+def test_what_is_secret_only_with_its_key() -> None:
+    for options in (
+        {"wandb_login": SHA}, {"wandb": {"key": SHA}}, {"key": SHA}, {"password": 12345678}, {"credentials": {"user": "a"}},
+        {"api_keys": ["a"]}, {"api_tokens": ["a"]}, {"secrets": [{"x": "a"}]},
+    ):  # fmt: skip
+        assert refused({"backend": {"options": options}}), options
+
+
+def test_a_secret_on_the_command_line_is_refused_and_not_printed(tmp_path: Path, capsys) -> None:
+    from retrain.cli.main import main
+
+    path = write(tmp_path, TINY)
+    assert main(["explain", str(path), "--backend-opt", "authorization=Bearer abcq9def456"]) == 2
+    said = capsys.readouterr()
+    assert "backend.options.authorization holds what looks like a secret" in said.err
+    assert "q9" not in said.out + said.err
 
 
 @pytest.mark.parametrize("text", SECRETS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, TypeAlias, cast
 from pydantic_core import ErrorDetails
 
 from retrain.config.fields import Setting, literal, sections, settings
+from retrain.config.secret import is_secret_name, looks_secret, secrets
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 
@@ -47,16 +47,6 @@ ELSEWHERE = {
     "logging.output_dir": "logging.log_dir",
 }
 """What other trainers call a setting."""
-
-_SECRET_KEY = re.compile(
-    r"(^|[_-])(api[_-]?key|access[_-]?key|secret([_-]?key)?|password|passwd|credentials?)$"
-    r"|^((hf|api|auth|access|bearer|judge|wandb|github)[_-]?)?token$",
-    re.IGNORECASE,
-)
-_SECRET_VALUE = re.compile(
-    r"\b(sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{16,}|gh[opsu]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}|xox[abp]-[\w-]{10,})"
-    r"|://[^/\s:@]+:[^/\s@]+@"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +111,6 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def looks_secret(text: str) -> bool:
-    """True for what looks like an API key, or a URL with a password."""
-    return _SECRET_VALUE.search(text) is not None
-
-
-def names_secret(name: str, value: Any) -> bool:
-    """True for a text that its key's name or its own look says is a secret."""
-    return isinstance(value, str) and bool(value) and (bool(_SECRET_KEY.search(name)) or looks_secret(value))
-
-
 def unknown_and_secret(raw: Mapping[str, Any]) -> list[Problem]:
     """Keys that are not settings, sections that are not tables, and secrets at any depth."""
     found: list[Problem] = []
@@ -147,31 +127,11 @@ def _walk(prefix: KeyPath, table: Mapping[str, Any], found: list[Problem]) -> No
         path = (*prefix, name)
         key = ".".join(map(str, path))
         if key in settings():
-            found += _secrets(path, value, key_is_known=True)
+            found += [_secret(place) for place in secrets(path, value, known=True)]
         elif isinstance(value, Mapping) and any(k.startswith(key + ".") for k in settings()):
             _walk(path, cast("Mapping[str, Any]", value), found)
         elif not any(k.startswith(key + ".") for k in settings()):
             found.append(_unknown(path, value))
-
-
-def _secrets(path: KeyPath, value: Any, *, key_is_known: bool = False) -> list[Problem]:
-    by_name = not key_is_known and isinstance(path[-1], str) and bool(_SECRET_KEY.search(path[-1]))
-    if by_name and isinstance(value, str) and value:
-        return [_secret(path)]
-    if isinstance(value, str) and looks_secret(value):
-        return [_secret(path)]
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return []
-    if isinstance(value, Mapping):
-        table = cast("Mapping[str, Any]", value)
-        return [p for name, inner in table.items() for p in _secrets((*path, name), inner)]
-    if isinstance(value, (list, tuple)):
-        items = cast("list[Any]", value)
-        return [p for i, inner in enumerate(items) for p in _secrets((*path, i), inner, key_is_known=True)]
-    return []
 
 
 def _secret(path: KeyPath) -> Problem:
@@ -186,12 +146,12 @@ def _secret(path: KeyPath) -> Problem:
 
 def _variable(name: str) -> str:
     text = re.sub(r"\W", "_", name).upper()
-    return text if _SECRET_KEY.search(text) and len(text) <= 40 else "OPENAI_API_KEY or HF_TOKEN"
+    return text if is_secret_name(text) and len(text) <= 40 else "OPENAI_API_KEY or HF_TOKEN"
 
 
 def _unknown(path: KeyPath, value: Any) -> Problem:
     leaf = str(path[-1])
-    if _SECRET_KEY.search(leaf) or (isinstance(value, str) and looks_secret(value)):
+    if is_secret_name(leaf) or (isinstance(value, str) and looks_secret(value)):
         return _secret(path)
     what = "section" if len(path) == 1 and isinstance(value, Mapping) else "setting"
     key = ".".join(map(str, path))

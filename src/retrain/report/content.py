@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from retrain.config.secret import secrets
 from retrain.report.figures import interval, number, phases, suite_name
 from retrain.report.gather import RunData, clock, labels, moment
 from retrain.report.rollouts import Shown
@@ -331,14 +332,18 @@ def _flat(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     for section, table in config.items():
         if isinstance(table, dict):
             found += [
-                (f"{section}.{key}", _value(value)) for key, value in cast("dict[str, Any]", table).items()
+                (f"{section}.{key}", _value(value, f"{section}.{key}"))
+                for key, value in cast("dict[str, Any]", table).items()
             ]
         else:
-            found.append((section, _value(table)))
+            found.append((section, _value(table, section)))
     return found
 
 
-def _value(value: Any) -> str:
+def _value(value: Any, name: str) -> str:
+    # The loader refuses these, and a run of an earlier version may hold one all the same.
+    if secrets((name,), value, known=True):
+        return "hidden: it holds what looks like a secret"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, float):
