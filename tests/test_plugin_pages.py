@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import sys
@@ -15,6 +16,8 @@ import pytest
 from retrain import plugins
 from retrain.config import names
 from retrain.config.load import load
+from retrain.fakes import FakeRenderer, FakeTasks
+from retrain.rewards.own import make_reward
 from retrain.runner import execute
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +121,56 @@ def test_a_package_adds_names_by_entry_points(folder: Path, monkeypatch: pytest.
     assert list(plugins.digests([("transform", "added"), ("transform", "gtpo")])) == ["added"]
     with pytest.raises(plugins.PluginError, match=r"unknown transform 'adde'\. Fix: did you mean 'added'\?"):
         plugins.load("transform", "adde")
+
+
+def test_a_name_of_two_packages_is_refused_when_it_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = folder / "site"
+    for package, target in (("one", "early:early"), ("two", "other:early"), ("three", "early:early")):
+        (site / f"{package}-1.0.dist-info").mkdir(parents=True)
+        (site / f"{package}-1.0.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
+        )
+        same = "same = early:early\n" if package != "two" else ""
+        (site / f"{package}-1.0.dist-info" / "entry_points.txt").write_text(
+            f"[retrain.transform]\n{same}" + (f"soon = {target}\n" if package != "three" else "")
+        )
+    monkeypatch.syspath_prepend(site)
+    plugins.add_search_paths([folder / "plugins"])
+    with pytest.raises(plugins.PluginError) as raised:
+        plugins.load("transform", "soon")
+    assert str(raised.value).startswith("transform 'soon' is ambiguous: ")
+    assert {"one 1.0", "two 1.0", "'early:early'", "'other:early'"} <= set(re.findall(r"'\S+?'|\w+ 1\.0", str(raised.value)))
+    # Two packages may mean the same object by a name.
+    assert plugins.load("transform", "same").__name__ == "early"
+    assert plugins.names("transform").count("same") == 1
+    with pytest.raises(plugins.PluginError, match="transform 'soon' is ambiguous"):
+        plugins.digests([("transform", "soon")])
+
+
+def test_a_score_that_cannot_be_made_names_the_rewards_line(folder: Path) -> None:
+    (folder / "plugins" / "nan_reward.py").write_text(
+        "from retrain.types import Score\n\nclass Reward:\n    async def score(self, task, rollouts_G):\n"
+        "        return [Score(float('nan'))]\n\ndef build(config, renderer):\n    return Reward()\n"
+    )
+    plugins.add_search_paths([folder / "plugins"])
+    config: Any = None
+    reward = make_reward("nan_reward.build", config, FakeRenderer())
+    task = FakeTasks().take(1)[0]
+    rollout: Any = None
+    (score,) = asyncio.run(reward.score(task, [rollout]))
+    assert score.error == "ValueError: a reward must be finite, not nan (nan_reward.py:5)"
+
+
+def test_an_installed_plug_ins_own_line_is_named(folder: Path) -> None:
+    packages = folder / "site-packages"
+    (packages / "theirs").mkdir(parents=True)
+    (packages / "theirs" / "__init__.py").write_text("")
+    (packages / "theirs" / "pieces.py").write_text("import lib_of_others\n\ndef f():\n    lib_of_others.f()\n")
+    (packages / "lib_of_others.py").write_text("import json\n\ndef f():\n    json.loads('{')\n")
+    plugins.add_search_paths([packages])
+    with pytest.raises(ValueError, match="Expecting") as raised:
+        plugins.load("trace", "theirs.pieces:f")()
+    assert plugins.place(raised.value.with_traceback(raised.value.__traceback__.tb_next)) == "pieces.py:4"
 
 
 def test_a_digest_covers_what_the_module_imports_beside_it(folder: Path) -> None:

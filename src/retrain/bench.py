@@ -31,6 +31,7 @@ from retrain.tracking.run_log import RunLog
 from retrain.training.build import facts, sampling_of
 from retrain.training.checkpoint import Checkpoints
 from retrain.training.loop import Parts, train
+from retrain.training.own_parts import make_backend, make_engine
 from retrain.training.rollout import EventLoop
 from retrain.types import CreditedGroup
 
@@ -148,9 +149,9 @@ def measure(loaded: LoadedConfig, settings: Settings, *, progress: Progress) -> 
         algorithm, schedule = credit.build(config, renderer), credit.build_schedule(config)
         events = EventLoop()
         stack.callback(events.close)
-        backend: Any = plugins.load("backend", config.backend.backend)(config, renderer)
+        backend: Any = make_backend(config, renderer)
         stack.callback(backend.close)
-        engine: Any = plugins.load("engine", config.inference.engine)(config, renderer)
+        engine: Any = make_engine(config, renderer)
         stack.callback(engine.close)
         policy = getattr(backend, "policy", None)
         watch: Any = None

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -139,7 +140,7 @@ def add_search_paths(paths: Iterable[Path]) -> None:
 
 def names(kind: str) -> list[str]:
     """Names of a kind: built-in ones, then those that installed packages add."""
-    return [*TABLE[kind], *(e.name for e in metadata.entry_points(group=f"retrain.{kind}"))]
+    return list(dict.fromkeys([*TABLE[kind], *(e.name for e in metadata.entry_points(group=f"retrain.{kind}"))]))
 
 
 def load(kind: str, name: str) -> Any:
@@ -209,7 +210,7 @@ def is_own(kind: str, name: str) -> bool:
 
 def raised(kind: str, name: str, error: BaseException) -> str:
     """One line for an exception that a plug-in's code raised, with the file and line it came from."""
-    return f"{kind} {name!r} raised {_summary(error)}."
+    return f"{kind} {name!r} raised {summary(error)}."
 
 
 def digests(named: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -232,9 +233,7 @@ def digests(named: Iterable[tuple[str, str]]) -> dict[str, str]:
 def _target(kind: str, name: str) -> str:
     target = TABLE[kind].get(name)
     if target is None:
-        for entry in metadata.entry_points(group=f"retrain.{kind}"):
-            if entry.name == name:
-                target = entry.value
+        target = _installed(kind, name)
     if target is None and is_dotted(name):
         target = name if ":" in name else ":".join(name.rsplit(".", 1))
         if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", target):
@@ -251,6 +250,22 @@ def _target(kind: str, name: str) -> str:
     return target
 
 
+def _installed(kind: str, name: str) -> str | None:
+    """What an installed package means by ``name``; PluginError where two packages mean different objects."""
+    found = {e.value: package_of(e) for e in metadata.entry_points(group=f"retrain.{kind}") if e.name == name}
+    if len(found) > 1:
+        raise PluginError(
+            f"{kind} {name!r} is ambiguous: {' and '.join(found.values())} both add it.",
+            fix=f"write which object you mean: {' or '.join(repr(value) for value in found)}.",
+        )
+    return next(iter(found), None)
+
+
+def package_of(entry: metadata.EntryPoint) -> str:
+    """Name and version of the package that adds an entry point, "" where that is not known."""
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else ""
+
+
 def _import(kind: str, name: str, module_name: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
@@ -262,7 +277,7 @@ def _import(kind: str, name: str, module_name: str) -> ModuleType:
         else:
             extra = _EXTRAS.get(missing.split(".")[0])
             fix = f'pip install "retrain[{extra}]".' if extra else "install it, or drop the import."
-            where = f", imported in {place}" if is_own(kind, name) and (place := _place(error)) else ""
+            where = f", imported in {at}" if is_own(kind, name) and (at := place(error)) else ""
         raise PluginError(
             f"{kind} {name!r} needs the module {missing!r}{where}, which is not installed.", fix=fix
         ) from error
@@ -270,7 +285,7 @@ def _import(kind: str, name: str, module_name: str) -> ModuleType:
         if not is_own(kind, name):
             raise
         raise PluginError(
-            f"{kind} {name!r}: {module_name} fails on import: {_summary(error)}.", fix="correct the module."
+            f"{kind} {name!r}: {module_name} fails on import: {summary(error)}.", fix="correct the module."
         ) from error
 
 
@@ -326,21 +341,33 @@ def _call(kind: str, name: str, function: Any, *arguments: Any, **keywords: Any)
         raise PluginError(raised(kind, name, error), fix="correct the plug-in.") from error
 
 
-def _place(error: BaseException) -> str:
-    """File and line of the innermost frame that is neither Python's import machinery nor ours."""
+def place(error: BaseException) -> str:
+    """File and line of the innermost frame of the user's code, "" without one: not where a value of ours or a
+    library refused what that code handed to it."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{Path(error.filename).name}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    outside = [f for f in frames if not f.filename.startswith("<") and f.filename != __file__]
-    theirs = [f for f in outside if "site-packages" not in f.filename and "importlib" not in f.filename]
-    frame = (theirs or outside or [None])[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}" if frame else ""
+    known = [f for f in frames if not f.filename.startswith(("<", _OURS))]
+    # Packages may lie below the standard library's folder.
+    known = [f for f in known if _PACKAGES.match(f.filename) or not f.filename.startswith(_LIBRARY)]
+    theirs = [f for f in known if not _PACKAGES.match(f.filename)]
+    if known and not theirs:
+        # The plug-in is installed: what we called is its own, what that called may be another package's.
+        top = _PACKAGES.match(known[0].filename)
+        theirs = [f for f in known if top and f.filename.startswith(top[0])]
+    return f"{Path(theirs[-1].filename).name}:{theirs[-1].lineno}" if theirs else ""
 
 
-def _summary(error: BaseException) -> str:
+_OURS = str(Path(__file__).parent) + os.sep
+_LIBRARY = str(Path(traceback.__file__).parent) + os.sep
+_PACKAGES = re.compile(r".*[\\/](?:site|dist)-packages[\\/][^\\/]+")
+
+
+def summary(error: BaseException) -> str:
+    """An exception's type and first line, and where it was raised."""
     text = error.msg if isinstance(error, SyntaxError) else str(error).strip().partition("\n")[0]
-    place = _place(error)
-    return f"{type(error).__name__}{': ' + text[:300] if text else ''}{f' ({place})' if place else ''}"
+    at = place(error)
+    return f"{type(error).__name__}{': ' + text[:300] if text else ''}{f' ({at})' if at else ''}"
 
 
 def _sources(module_name: str) -> set[Path]:

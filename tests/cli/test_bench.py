@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -245,6 +246,21 @@ def test_a_configuration_is_read_and_its_run_is_left_alone(said: Callable[..., s
     assert sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_file()) == [
         "work/logs/demo/metrics.jsonl", "work/retrain.toml",
     ]  # fmt: skip
+
+
+def test_an_engine_of_ones_own_is_held_to_its_protocol(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (place / "work" / "plugins").mkdir()
+    (place / "work" / "plugins" / "bench_engine.py").write_text(
+        "class Short:\n    def load(self, weights): ...\n    def close(self): ...\n"
+        "    async def generate(self, prompt_ids, n, sampling):\n        return []\n\n"
+        "def build(config, renderer):\n    return Short()\n"
+    )
+    assert main([*LINE, "--inference.engine", "bench_engine.build"]) == 1
+    said = capsys.readouterr().err
+    assert "engine 'bench_engine.build' returned 0 values, not 1 of type Completion." in said
 
 
 @pytest.mark.parametrize(

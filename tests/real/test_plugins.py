@@ -286,10 +286,28 @@ def sink(config, run_dir):
 class Ends:
     def __init__(self, how):
         self.how = how
+    async def fails(self):
+        raise LookupError("lost it")
     async def attempt(self, task, n, engine, sampling):
         if self.how == "raises":
             raise LookupError("lost it")
         rollouts = await self.real.attempt(task, n, engine, sampling)
+        if self.how == "group":
+            import asyncio
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.fails())
+        from dataclasses import replace
+        changed = {
+            "textless": {"text": None}, "stopped": {"stop": "eos"}, "sure": {"logprobs_T": rollouts[0].logprobs_T + 99},
+            "first": {
+                "sampled_T": rollouts[0].sampled_T | True, "entropies_T": None,
+                "logprobs_T": np.full_like(rollouts[0].logprobs_T, -1.0),
+            },
+        }.get(self.how)
+        if changed:
+            return [replace(rollouts[0], **changed), *rollouts[1:]]
+        if self.how == "nan":
+            replace(rollouts[0], logprobs_T=rollouts[0].logprobs_T * np.nan)
         return {"none": None, "short": rollouts[1:], "turned": rollouts[::-1]}[self.how]
 
 def environments(how):
@@ -301,6 +319,15 @@ def environments(how):
     return make
 
 env_raises, env_none, env_short, env_turned = map(environments, ("raises", "none", "short", "turned"))
+env_textless, env_stopped, env_sure, env_first, env_nan, env_group = map(
+    environments, ("textless", "stopped", "sure", "first", "nan", "group")
+)
+
+def env_not_async(config, renderer):
+    class Plain:
+        def attempt(self, task, n, engine, sampling):
+            return []
+    return Plain()
 
 def engine_of(change):
     def make(config, renderer):
@@ -316,6 +343,30 @@ def engine_of(change):
 engine_none = engine_of(lambda completions: None)
 engine_long = engine_of(lambda completions: [longer(c) for c in completions])
 engine_raises = engine_of(lambda completions: completions[99])
+
+def engine_with(**change):
+    from dataclasses import replace
+    def first(c):
+        return replace(c, **{k: f(c) for k, f in change.items()})
+    return engine_of(lambda completions: [first(completions[0]), *completions[1:]])
+
+engine_beyond = engine_with(token_ids_T=lambda c: c.token_ids_T + 10**6)
+engine_negative = engine_with(token_ids_T=lambda c: c.token_ids_T - 10**6)
+engine_floats = engine_with(token_ids_T=lambda c: c.token_ids_T + 0.5)
+engine_sure = engine_with(logprobs_T=lambda c: np.full_like(c.logprobs_T, 0.5))
+engine_rounded = engine_with(logprobs_T=lambda c: np.minimum(c.logprobs_T + 5e-4, 5e-4))
+engine_eos = engine_with(stop=lambda c: "eos")
+engine_stale = engine_with(weights_version=lambda c: c.weights_version - 1)
+engine_nan = engine_with(logprobs_T=lambda c: c.logprobs_T * np.nan)
+
+def engine_not_async(config, renderer):
+    from retrain.engines import torch_engine
+    made = torch_engine.build(config, renderer)
+    class Plain:
+        load, close = made.load, made.close
+        def generate(self, prompt_ids, n, sampling):
+            return [c for c in made.generate(prompt_ids, n, sampling)]
+    return Plain()
 
 def longer(c):
     from dataclasses import replace
@@ -343,6 +394,41 @@ def refuse(*arguments):
 backend_raises = backend_of(train_step=refuse)
 backend_none = backend_of(train_step=lambda batch, optim: None)
 backend_unpublished = backend_of(publish=lambda: 3)
+
+def backend_reporting(**change):
+    def make(config, renderer):
+        from dataclasses import replace
+        from retrain.backends import local
+        made = local.build(config, renderer)
+        step = made.train_step
+        made.train_step = lambda batch, optim: replace(step(batch, optim), **change)
+        return made
+    return make
+
+backend_nan = backend_reporting(loss=float("nan"))
+backend_text = backend_reporting(loss="x")
+backend_listed = backend_reporting(grad_norm=[1.0])
+backend_true = backend_reporting(approx_kl=True)
+backend_half = backend_reporting(num_microbatches=1.5)
+backend_numpy = backend_reporting(loss=np.float32(0.5), grad_clipped=np.bool_(True), num_microbatches=np.int64(2))
+backend_silent = backend_reporting(loss=None, update_skipped="the loss was nan")
+
+backend_unsaved = backend_of(snapshot=None, save=lambda directory: None)
+backend_torn = backend_of(snapshot=lambda: lambda directory: None)
+backend_three = backend_of(snapshot=lambda: 3)
+backend_stuck = backend_of(close=refuse)
+
+class Stuck:
+    bounds = (0.0, 1.0)
+    def __init__(self, config, where):
+        pass
+    async def score(self, task, rollouts_G):
+        from retrain.types import Score
+        return [Score(i % 2) for i in range(len(rollouts_G))]
+    def log(self, step, metrics):
+        pass
+    def close(self):
+        refuse()
 
 def backend_coarse(config, renderer):
     from retrain.backends.local import LocalBackend
@@ -374,13 +460,15 @@ def broken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             del sys.modules[name]
 
 
-def refused(broken: Path, capsys: pytest.CaptureFixture[str], key: str, name: str) -> tuple[int, str]:
+def refused(
+    broken: Path, capsys: pytest.CaptureFixture[str], key: str, name: str, *more: str
+) -> tuple[int, str]:
     from retrain.cli.main import main
 
     text = BASE.format(**PLAIN, logging="", log_dir=(broken / "run").as_posix())
     (broken / "project" / "retrain.toml").write_text(text)
     value = f'["{name}"]' if key == "logging.trackers" else name
-    code = main(["project/retrain.toml", f"--{key}", value])
+    code = main(["project/retrain.toml", f"--{key}", value, *more])
     return code, capsys.readouterr().err
 
 
@@ -509,10 +597,30 @@ def test_a_wrong_signature_is_one_line_before_a_model_loads(
         ("engine", "engine_none", 1, "engine 'my_nonsense.engine_none' returned a NoneType, not 4 of type Completion."),
         ("engine", "engine_long", 1, "tokens where at most 16 were asked for."),
         ("engine", "engine_raises", 1, "engine 'my_nonsense.engine_raises' raised IndexError: list index out of range"),
+        ("engine", "engine_beyond", 1, "outside the vocabulary of 384 tokens."),
+        ("engine", "engine_negative", 1, "engine 'my_nonsense.engine_negative' returned token id -"),
+        ("engine", "engine_floats", 1, "returned token ids as an array of float64 with 1 axes."),
+        ("engine", "engine_sure", 1, "engine 'my_nonsense.engine_sure' returned a logprob of 0.5, above 0."),
+        ("engine", "engine_eos", 1, "engine 'my_nonsense.engine_eos' returned stop = 'eos', not 'stop' or 'length'."),
+        ("engine", "engine_stale", 1, "returned weights_version = -1 where version 0 was loaded."),
+        ("engine", "engine_not_async", 2, "engine 'my_nonsense.engine_not_async': its generate is not async."),
+        ("environment", "env_not_async", 2, "environment 'my_nonsense.env_not_async': its attempt is not async."),
+        ("environment", "env_textless", 1, "with text = None, not a text. Fix: return what retrain.types.Rollout"),
+        ("environment", "env_stopped", 1, "environment 'my_nonsense.env_stopped' returned a rollout of 'arithmetic/"),
+        ("environment", "env_sure", 1, "above 0."),
+        ("environment", "env_group", 1, "environment 'my_nonsense.env_group' raised LookupError: lost it (my_nonsense"),
+        ("environment", "env_first", 1, "with a sampled first token, which no prompt comes before."),
         ("backend", "sink", 2, "backend 'my_nonsense.sink' made a object, which has no property capabilities."),
         ("backend", "backend_raises", 1, "backend 'my_nonsense.backend_raises' raised MemoryError: too small (my_nonsense"),
         ("backend", "backend_none", 1, "backend 'my_nonsense.backend_none': its train_step returned a NoneType."),
         ("backend", "backend_unpublished", 1, "its publish returned a int."),
+        ("backend", "backend_nan", 1, "backend 'my_nonsense.backend_nan': its train_step reported loss = nan. Fix: report None,"),
+        ("backend", "backend_text", 1, "its train_step reported loss = 'x', not a value of type float | None."),
+        ("backend", "backend_listed", 1, "its train_step reported grad_norm = [1.0], not a value of type float | None."),
+        ("backend", "backend_true", 1, "its train_step reported approx_kl = True, not a value of type float | None."),
+        ("backend", "backend_half", 1, "its train_step reported num_microbatches = 1.5, not a value of type int."),
+        ("backend", "backend_torn", 1, "backend 'my_nonsense.backend_torn': its save wrote no adapter/ into the checkpoint."),
+        ("backend", "backend_three", 1, "backend 'my_nonsense.backend_three': its snapshot returned a int."),
         ("backend", "backend_coarse", 2, "says that it does not take part in this training loop."),
     ],
 )
@@ -523,6 +631,7 @@ def test_nonsense_is_named(
     assert message in err
     assert got == code
     assert "retrain's own bug" not in err
+    assert name == "raising" or "Traceback" not in err
 
 
 def test_several_wrong_plug_ins_are_reported_at_once(
@@ -537,3 +646,60 @@ def test_several_wrong_plug_ins_are_reported_at_once(
     assert code == 2
     assert "reward 'my_raise.f'" in err
     assert "loss 'my_syntax.f'" in err
+
+
+@pytest.mark.parametrize("every", ["0", "1"])
+def test_a_backend_that_saves_no_adapter_is_named_at_the_first_checkpoint(
+    broken: Path, capsys: pytest.CaptureFixture[str], every: str
+) -> None:
+    code, err = refused(broken, capsys, "backend.backend", "my_nonsense.backend_unsaved", "--save-every", every)
+    assert code == 1
+    assert "backend 'my_nonsense.backend_unsaved': its save wrote no adapter/ into the checkpoint." in err
+    assert "Traceback" not in err
+    assert len(records(broken / "run" / "metrics.jsonl")) == (1 if every == "1" else 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("engine", "engine_rounded"), ("backend", "backend_numpy"), ("backend", "backend_silent")],
+)
+def test_what_is_unusual_and_right_is_trained(
+    broken: Path, capsys: pytest.CaptureFixture[str], kind: str, name: str
+) -> None:
+    code, err = refused(broken, capsys, KINDS[kind], f"my_nonsense.{name}")
+    assert code == 0, err
+    last = records(broken / "run" / "metrics.jsonl")[-1]
+    if name == "backend_numpy":
+        assert (last["loss"], last["grad_clipped"], last["num_microbatches"]) == (0.5, True, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "warning"),
+    [
+        ("backend", "backend_stuck", "backend 'my_nonsense.backend_stuck' raised MemoryError: too small (my_nonsense.py:"),
+        ("reward", "Stuck", "reward 'my_nonsense.Stuck' raised MemoryError: too small (my_nonsense.py:"),
+        ("sink", "Stuck", "Stuck failed to close: too small"),
+    ],
+)
+def test_an_error_while_a_part_is_closed_is_a_warning(
+    broken: Path, capsys: pytest.CaptureFixture[str], kind: str, name: str, warning: str
+) -> None:
+    code, err = refused(broken, capsys, KINDS[kind], f"my_nonsense.{name}")
+    assert code == 0, err
+    events = (broken / "run" / "events.log").read_text()
+    assert events.count(f"WARNING {warning}") == 1
+    assert (broken / "run" / "adapter").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "line"),
+    [("engine", "engine_nan", "return replace(c, **"), ("environment", "env_nan", "replace(rollouts[0], logprobs_T=")],
+)
+def test_an_error_out_of_a_value_of_ours_names_the_users_line(
+    broken: Path, capsys: pytest.CaptureFixture[str], kind: str, name: str, line: str
+) -> None:
+    code, err = refused(broken, capsys, KINDS[kind], f"my_nonsense.{name}")
+    assert code == 1
+    number = BROKEN["my_nonsense.py"].partition(line)[0].count("\n") + 1
+    assert f"{kind} 'my_nonsense.{name}' raised ValueError: " in err
+    assert f"(my_nonsense.py:{number})." in err

@@ -78,7 +78,7 @@ def backends() -> dict[str, Any]:
                     "name": entry["name"],
                     "setting": setting,
                     "built": True,
-                    "what": entry["what"] or f"from {entry['package']}",
+                    "what": (entry["what"] or f"from {entry['package']}") + (entry["unused"] and f" ({entry['unused']})"),
                     "capabilities": None,
                     "installed": True,
                     "packages": {},
@@ -170,8 +170,9 @@ def listing_text(found: Mapping[str, Any], *, alone: bool) -> str:
             needs = f" (first: {name['install']})" if name["install"] else ""
             lines.append(f"  {name['name']:<{width}}  {name['what']}{also}{needs}")
         for name in kind["installed"]:
+            unused = f"; {name['unused']}" if name["unused"] else ""
             lines.append(
-                f"  {name['name']:<{width}}  {name['what'] or name['object']} (from {name['package']})"
+                f"  {name['name']:<{width}}  {name['what'] or name['object']} (from {name['package']}{unused})"
             )
         if kind["later"]:
             lines.append(f"  not in this version: {', '.join(kind['later'])}")
@@ -333,17 +334,23 @@ def _distribution(requirement: str) -> str:
 
 
 def _added(kind: str) -> list[dict[str, Any]]:
-    """What installed packages add to a kind."""
+    """What installed packages add to a kind; ``unused`` says why a name does not mean the object, "" where it does."""
     found: list[dict[str, Any]] = []
-    for entry in metadata.entry_points(group=f"retrain.{kind}"):
+    entries = metadata.entry_points(group=f"retrain.{kind}")
+    for entry in entries:
         module, _, attribute = entry.value.partition(":")
-        package, what = "", ""
+        package, what = plugins.package_of(entry), ""
+        others = [plugins.package_of(e) for e in entries if e.name == entry.name and e.value != entry.value]
+        unused = f"ambiguous: {', '.join(others)} adds this name too" if others else ""
+        if entry.name in plugins.TABLE[kind]:
+            unused = "never used: the name is a built-in one's"
         if entry.dist is not None:
-            package = f"{entry.dist.name} {entry.dist.version}"
             base = Path(str(entry.dist.locate_file(module.replace(".", "/"))))
             path = base.with_suffix(".py") if base.with_suffix(".py").is_file() else base / "__init__.py"
             what = _sentence(_docstring(path, attribute) or _docstring(path))
-        found.append({"name": entry.name, "what": what, "object": entry.value, "package": package})
+        found.append(
+            {"name": entry.name, "what": what, "object": entry.value, "package": package, "unused": unused}
+        )
     return found
 
 

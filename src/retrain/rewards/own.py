@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +15,8 @@ from retrain.types import Rollout, Score, Task
 
 if TYPE_CHECKING:
     from retrain.config.schema import Config
+
+log = logging.getLogger("retrain")
 
 
 class OwnReward:
@@ -44,7 +47,7 @@ class OwnReward:
         except (Exception, SystemExit) as error:  # noqa: BLE001  whatever the user's code raises is data
             answer = calling.failure(error)
             self._first_traceback = self._first_traceback or answer.traceback
-            return [Score.failed(answer.error) for _ in rollouts_G]
+            return [Score.failed(plugins.summary(error)) for _ in rollouts_G]
         scores = cast("list[object]", given) if isinstance(given, list | tuple) else None
         if scores is None or len(scores) != len(rollouts_G) or not all(isinstance(s, Score) for s in scores):
             what = f"a {type(cast('object', given)).__name__}" if scores is None else f"{len(scores)} values"
@@ -55,10 +58,13 @@ class OwnReward:
         return cast("list[Score]", list(scores))
 
     def close(self) -> None:
-        """Close the reward, where it can be closed."""
+        """Close the reward, where it can be closed; what it raises is a warning."""
         close = getattr(self._reward, "close", None)
         if close is not None:
-            close()
+            try:
+                close()
+            except (Exception, SystemExit) as error:  # noqa: BLE001  whatever the user's code raises
+                log.warning("%s This was while it was closed, and changes no result.", plugins.raised("reward", self._name, error))
 
 
 def make_reward(name: str, config: Config, renderer: Renderer) -> Reward:
