@@ -281,8 +281,16 @@ def _start_trackers(config: Config, run_dir: Path, stack: contextlib.ExitStack) 
     started: list[Sink] = []
     for name in dict.fromkeys(wanted):
         started.append(plugins.make("sink", name, config, run_dir))
-        _close_with(stack, started[-1])
+        stack.callback(_close_sink, started[-1])
     return started
+
+
+def _close_sink(sink: Sink) -> None:
+    """Close a sink, perhaps for the second time: the run's log closes those of a run that began, and warns."""
+    try:
+        sink.close()
+    except (Exception, SystemExit) as error:  # noqa: BLE001  whatever the user's code raises
+        log.debug("%s failed to close: %s", type(sink).__name__, error)
 
 
 def _close_with(stack: contextlib.ExitStack, part: Any) -> None:
