@@ -163,14 +163,16 @@ def gather(record: RunRecord) -> RunData:
     for row in lines(record.path / layout.METRICS):
         if not isinstance(row.get("step"), int):
             continue
-        if is_evaluation(row):
+        evaluated = is_evaluation(row)
+        raised += watch.observe(row)
+        for vital in VITALS:
+            if vital.of_evaluations is evaluated:
+                value = vital.value(row)
+                vitals[vital.name].append(math.nan if value is None else value)
+        if evaluated:
             evaluations.append(row)
             continue
         columns.add(row)
-        raised += watch.observe(row)
-        for vital in VITALS:
-            value = vital.value(row)
-            vitals[vital.name].append(math.nan if value is None else value)
         texts |= {key: str(row[key]) for key in texts if row.get(key)}
     steps, found = columns.finish()
     ill = set(watch.ill)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from retrain.tracking import vitals
+from retrain.tracking import judges, level, vitals
 
 STEP_KEYS: tuple[tuple[str, str, str], ...] = (
     ("step", "", "0-based number of the step"),
@@ -120,7 +120,11 @@ and the alarms all use these {count} metrics and ranges. An alarm is one line, `
 
 Ranges are judged over the last steps, not over one: shares over at least {rollouts} rollouts or {groups} groups (in a run
 with few of them per step, over up to {window} steps), changes between the first {base} and the last {settled} of the last
-{longest} steps, and only where they are larger than the steps' own noise. Two ranges would
+{longest} steps, and only where they are larger than the steps' own noise. What has changed so stays marked until it is back
+at its level before, also when that lies further behind; length and entropy also count as well once rewards are as good as
+then. The correct rate is also compared with its best level and, in the first steps, with the run's beginning: below half of
+it, with completions or entropy twice or half of what they were, the policy has collapsed, and the alarm says so. Held-out
+accuracy is judged when it is measured, against the evaluation before the first step. Two ranges would
 depend on the number format: in float32 sampler and learner agree to about 1e-5, in bf16 single tokens differ by a
 hundredth on the embedded model and by more on large ones. They are therefore also compared with the run's own median,
 so that a sudden disagreement is seen in both.
@@ -157,8 +161,8 @@ How to read the ratio: sampler and learner score the same tokens with the same w
 def page() -> str:
     """docs/metrics.md."""
     head = _HEAD.format(
-        count=len(vitals.VITALS), well=vitals.WELL, rollouts=vitals.ENOUGH_ROLLOUTS, groups=vitals.ENOUGH_GROUPS,
-        window=vitals.WINDOW, base=vitals.WINDOW // 2, settled=vitals.SETTLED, longest=vitals.WINDOW + 1,
+        count=len(vitals.VITALS), well=vitals.WELL, rollouts=judges.ENOUGH_ROLLOUTS, groups=judges.ENOUGH_GROUPS,
+        window=level.WINDOW, base=judges.BASE, settled=judges.SETTLED, longest=level.WINDOW + 1,
     )  # fmt: skip
     core = [f"| {v.title} (`{v.name}`) | {v.unit} | {v.healthy} | {v.advice} |" for v in vitals.VITALS]
     core = [line.replace("<", "&lt;").replace(" |log ratio| ", r" \|log ratio\| ") for line in core]

@@ -164,6 +164,7 @@ class RunLog:
         self._append(layout.METRICS, {"step": step, **metrics})
         self._pulse.note(evaluation=_shown_evaluation(step, metrics))
         self._to_sinks(step, metrics)
+        self._raise_alarms(step, metrics)
 
     def _to_sinks(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.latest |= metrics

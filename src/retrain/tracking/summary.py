@@ -75,7 +75,7 @@ def summarize(run: RunRecord) -> Summary:
     step = max(_whole(beat.get("step")) or 0, _whole(facts.get("step")) or 0)
     if not step and steps:
         step = int(steps[-1]["step"]) + 1
-    raised = [] if "alarms" in beat else alarms(steps)
+    raised = [] if "alarms" in beat else alarms(rows)
     signs = [t for t in (beat.get("time"), facts.get("heartbeat")) if isinstance(t, int | float)]
     updated = max(signs) if signs else None
     started = facts.get("started")
@@ -273,12 +273,12 @@ class Reading:
 def examine(run: RunRecord) -> Detail:
     """Everything that the status of a single run shows beside its summary."""
     watch, raised = Watch(), list[Alarm]()
-    steps = [row for row in run.steps if isinstance(row.get("step"), int)]
-    for row in steps:
+    rows = [row for row in run.rows if isinstance(row.get("step"), int)]
+    for row in rows:
         raised += watch.observe(row)
     readings: list[Reading] = []
     for vital in VITALS:
-        curve = tuple(value for row in steps if (value := vital.value(row)) is not None)
+        curve = tuple(value for row in rows if (value := vital.read(row)) is not None)
         readings.append(Reading(vital, curve[-1] if curve else None, curve, vital.name in watch.ill))
     evaluations = tuple(_evaluation(row) for row in run.evaluations if isinstance(row.get("step"), int))
     names = _names(run.path / layout.CHECKPOINTS)

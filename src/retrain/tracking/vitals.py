@@ -11,27 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, TypeAlias
 
-Row: TypeAlias = Mapping[str, Any]
-"""One line of metrics.jsonl."""
-Judge: TypeAlias = Callable[[Sequence[float], Sequence[Row]], str]
-"""(values, rows) -> what is wrong in words, "" for healthy."""
+from retrain.tracking import judges
+from retrain.tracking.judges import Drift, Judge
+from retrain.tracking.level import WINDOW, Fall, Past, Row, number
 
-WINDOW = 20
-"""Steps that a judgement of drift looks back on."""
 WELL = 5
 """Healthy steps in a row that end an episode."""
-_BASE = WINDOW // 2
-"""Steps at the window's beginning that the newest are compared with."""
-SETTLED = 5
-"""Steps before a share is judged, and the newest ones of a comparison."""
-ENOUGH_ROLLOUTS = 64
-ENOUGH_GROUPS = 30
-"""Rollouts, or groups, over which a share is judged; where a step has few, this takes up to ``WINDOW`` steps."""
-_SURE = 4.0
-"""Standard errors by which two means must differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +25,10 @@ class Vital:
     """One core metric.
 
     ``value`` reads it from a row, None where the row does not say. ``judge`` gets the metric's known values and their
-    rows, oldest first, the newest last and at most ``WINDOW`` + 1 of them. ``healthy`` is the range in words and
-    ``advice`` what to do outside it. ``unit`` is "" for plain numbers; shares are in [0, 1] and shown in percent (unit
-    "%").
+    rows, oldest first, the newest last and at most ``WINDOW`` + 1 of them. What ``drift`` says of two levels holds until
+    the first of them is reached again. ``healthy`` is the range in words and ``advice`` what to do outside it. A metric
+    ``of_evaluations`` is read from their rows and no others; the first of them stays among those judged. ``unit`` is ""
+    for plain numbers; shares are in [0, 1] and shown in percent (unit "%").
     """
 
     name: str
@@ -51,6 +38,12 @@ class Vital:
     advice: str
     value: Callable[[Row], float | None]
     judge: Judge
+    drift: Drift | None = None
+    of_evaluations: bool = False
+
+    def read(self, row: Row) -> float | None:
+        """The value in a row of either kind, None where it is not of this one's."""
+        return self.value(row) if self.of_evaluations is is_evaluation(row) else None
 
     def text(self, value: float | None) -> str:
         """The value with its unit, for people."""
@@ -79,339 +72,94 @@ class Alarm:
         return f"{self.message} {self.advice}"
 
 
-def number(row: Row, key: str) -> float | None:
-    """A finite number of a row, None where it holds none."""
-    found = row.get(key)
-    return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
-
-
-def _read(key: str) -> Callable[[Row], float | None]:
-    return lambda row: number(row, key)
-
-
-_SILENT = ("all_correct", "all_wrong", "equal_rewards")
-
-
-def _silent_share(row: Row) -> float | None:
-    groups = number(row, "batch_size")
-    return sum(number(row, f"skipped_{why}") or 0.0 for why in _SILENT) / groups if groups else None
-
-
-def _ratio_gap(row: Row) -> float | None:
-    """The largest |log ratio| of a token: the same for a factor of 2 up and down."""
-    ends = [number(row, key) for key in ("ratio_min", "ratio_max")]
-    known = [abs(math.log(end)) if end > 0 else math.inf for end in ends if end is not None]
-    return max(known) if known else None
-
-
-def _moved_kl(row: Row) -> float | None:
-    # With one update a step there is no movement to see, and approx_kl says the same.
-    return number(row, "moved_kl") if (number(row, "num_updates") or 0) > 1 else None
-
-
-def _share_of_time(key: str) -> Callable[[Row], float | None]:
-    def share(row: Row) -> float | None:
-        whole, part = number(row, "step_time_s"), number(row, key)
-        return part / whole if whole and part is not None else None
-
-    return share
-
-
-def _groups(row: Row) -> float:
-    return max(1.0, number(row, "batch_size") or 1.0)
-
-
-def _rollouts(row: Row) -> float:
-    return _groups(row) * max(1.0, number(row, "group_size") or 1.0)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _middle(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
-
-
-def _recent(
-    values: Sequence[float], rows: Sequence[Row], weight: Callable[[Row], float], enough: float
-) -> tuple[float, int] | None:
-    """Weighted mean over the newest steps, as many as hold ``enough`` or fill the window; None before that."""
-    total = weighted = 0.0
-    steps = 0
-    for value, row in zip(reversed(values), reversed(rows), strict=True):
-        w = weight(row)
-        total, weighted, steps = total + w, weighted + w * value, steps + 1
-        if steps >= WINDOW or (steps >= SETTLED and total >= enough):
-            return weighted / total, steps
-    return None
-
-
-def _change(values: Sequence[float]) -> tuple[float, float] | None:
-    """Means of the window's beginning and of its newest steps where they differ by more than noise, else None.
-
-    The noise is that of successive values: neither a trend nor a single step of it counts as much.
-    """
-    if len(values) < _BASE + SETTLED:
-        return None
-    before, now = _mean(values[:_BASE]), _mean(values[-SETTLED:])
-    jumps = sum((b - a) ** 2 for a, b in pairwise(values))
-    noise = math.sqrt(jumps / (2 * (len(values) - 1)))
-    sure = abs(now - before) > _SURE * noise * math.sqrt(1 / _BASE + 1 / SETTLED)
-    return (before, now) if sure else None
-
-
-def _steps(values: Sequence[float]) -> str:
-    return f"within {len(values)} steps"
-
-
-def _fine(values: Sequence[float], rows: Sequence[Row]) -> str:
-    del values, rows
-    return ""
-
-
-def _falling(values: Sequence[float], rows: Sequence[Row]) -> str:
-    del rows
-    change = _change(values)
-    if change and change[1] < change[0] / 2:
-        return f"The correct rate fell from {change[0]:.0%} to {change[1]:.0%} {_steps(values)}."
-    return ""
-
-
-def _reward(values: Sequence[float], rows: Sequence[Row]) -> str:
-    last = _recent(values, rows, _rollouts, ENOUGH_ROLLOUTS)
-    if last is not None:
-        steps = last[1]
-        silent = all((_silent_share(row) or 0.0) >= 1.0 for row in rows[-steps:])
-        if silent and max(values[-steps:]) == min(values[-steps:]):
-            return f"Every rollout of the last {steps} steps got the same reward, {values[-1]:g}."
-    # Where rewards say what is correct, the correct rate tells of a fall.
-    change = _change(values) if all(row.get("correct_rate") is None for row in rows) else None
-    if change and change[0] - change[1] > 0.5 * max(abs(change[0]), abs(change[1])):
-        return f"The mean reward fell from {change[0]:.3g} to {change[1]:.3g} {_steps(values)}."
-    return ""
-
-
-def _silence(values: Sequence[float], rows: Sequence[Row]) -> str:
-    last = _recent(values, rows, _groups, ENOUGH_GROUPS)
-    # With one reward for all there is more to say: see _reward.
-    if last is None or not 0.8 < last[0] < 1.0:
-        return ""
-    seen = rows[-last[1] :]
-    kinds = {why.replace("_", " "): sum(number(row, f"skipped_{why}") or 0.0 for row in seen) for why in _SILENT}
-    what = ", ".join(f"{count:.0f} {why}" for why, count in kinds.items() if count)
-    return (
-        f"{last[0]:.0%} of the groups of the last {last[1]} steps taught nothing, their rewards being equal ({what})."
-    )
-
-
-def _cut(values: Sequence[float], rows: Sequence[Row]) -> str:
-    last = _recent(values, rows, _rollouts, ENOUGH_ROLLOUTS)
-    if last is None or last[0] <= 0.3:
-        return ""
-    return f"{last[0]:.0%} of the rollouts of the last {last[1]} steps were cut at training.max_tokens."
-
-
-def _drift(values: Sequence[float], rows: Sequence[Row]) -> str:
-    del rows
-    change = _change(values)
-    if not change:
-        return ""
-    before, now = change
-    if now > 2 * before + 8:
-        return f"Completions grew from {before:.0f} to {now:.0f} tokens {_steps(values)}."
-    if 2 * now + 8 < before:
-        return f"Completions shrank from {before:.0f} to {now:.0f} tokens {_steps(values)}."
-    return ""
-
-
-def _explore(values: Sequence[float], rows: Sequence[Row]) -> str:
-    if len(values) < SETTLED:
-        return ""
-    now = _middle(values[-SETTLED:])
-    correct = [rate for row in rows[-SETTLED:] if (rate := number(row, "correct_rate")) is not None]
-    # Who answers nearly everything correctly may well be sure of it.
-    solved = bool(correct) and _middle(correct) > 0.9
-    if now < 0.02 and not solved:
-        return f"Entropy is {now:.2g} nats a token: the rollouts of a group are nearly the same."
-    change = _change(values)
-    if not change:
-        return ""
-    before, now = change
-    if now < before / 4 and now < 0.3 and not solved:
-        return f"Entropy fell from {before:.2g} to {now:.2g} nats a token {_steps(values)}."
-    if now > 2 * before + 0.5:
-        return f"Entropy rose from {before:.2g} to {now:.2g} nats a token {_steps(values)}: the policy dissolves."
-    return ""
-
-
-def _usual(values: Sequence[float]) -> float | None:
-    """The median of what came before the newest value, None while that is little."""
-    return _middle(values[:-1]) if len(values) > SETTLED else None
-
-
-def _mismatch(values: Sequence[float], rows: Sequence[Row]) -> str:
-    del rows
-    gap, usual = values[-1], _usual(values)
-    factor = f"{math.exp(gap):.3g}" if gap < 700 else "more than e^700"
-    if gap > 1.5:
-        return f"A token's probability differs between sampler and learner by a factor of {factor}."
-    if usual is not None and gap > 0.05 and gap > 10 * usual:
-        return (
-            f"A token's probability differs between sampler and learner by a factor of {factor}, "
-            f"usual are {math.exp(usual):.4g}."
-        )
-    return ""
-
-
-def _divergence(values: Sequence[float], rows: Sequence[Row]) -> str:
-    del rows
-    kl, usual = values[-1], _usual(values)
-    if kl > 0.01:
-        return f"Sampler and learner differ by {kl:.2g} nats a token (k3)."
-    if usual is not None and kl > 1e-4 and kl > 100 * abs(usual):
-        return f"Sampler and learner differ by {kl:.2g} nats a token (k3), usual are {usual:.2g}."
-    return ""
-
-
-def _moved(values: Sequence[float], rows: Sequence[Row]) -> str:
-    del rows
-    if values[-1] <= 0.05:
-        return ""
-    return f"The updates of one batch moved the policy by {values[-1]:.2g} nats a token (k3)."
-
-
-def _norm(values: Sequence[float], rows: Sequence[Row]) -> str:
-    trained = [bool(row.get("num_datums")) for row in rows[-3:]]
-    if len(values) >= 3 and not any(values[-3:]) and all(trained):
-        return "The gradient was exactly 0 for 3 steps that had rollouts to train on."
-    if len(values) <= _BASE:
-        return ""
-    usual, most = _middle(values[:-1]), max(values[:-1])
-    # Few groups with a signal make small gradients: what has been before is not a jump.
-    if usual > 0 and values[-1] > 10 * usual and values[-1] > 3 * most:
-        return f"The gradient norm jumped to {values[-1]:.3g}, {values[-1] / usual:.0f} times its median."
-    return ""
-
-
-def _failing(what: str) -> Judge:
-    def judge(values: Sequence[float], rows: Sequence[Row]) -> str:
-        last, seen = values[-SETTLED:], rows[-SETTLED:]
-        failed = sum(value * _rollouts(row) for value, row in zip(last, seen, strict=True))
-        of = sum(_rollouts(row) for row in seen)
-        # A few failures in small batches are an accident: 2 % of so many vary by the square root.
-        if failed < 0.02 * of + 2 * math.sqrt(0.02 * of) + 1 or not values[-1]:
-            return ""
-        return f"{failed:.0f} of the {of:.0f} rollouts of the last {len(last)} steps: {what}; they do not train."
-
-    return judge
-
-
-def _skipped(values: Sequence[float], rows: Sequence[Row]) -> str:
-    del rows
-    return "The update was skipped: loss or gradient was not finite." if values[-1] else ""
-
-
-def _slower(values: Sequence[float], rows: Sequence[Row]) -> str:
-    change = _change(values)
-    if not change or change[1] >= change[0] / 2:
-        return ""
-    # Below that the clock measures everything but the sampler.
-    if _middle([number(row, "sample_time_s") or 0.0 for row in rows]) < 2:
-        return ""
-    return f"Sampling fell from {change[0]:.0f} to {change[1]:.0f} tokens/s {_steps(values)}."
-
-
-def _waiting(values: Sequence[float], rows: Sequence[Row]) -> str:
-    if len(values) < SETTLED or _middle([number(row, "step_time_s") or 0.0 for row in rows]) < 2:
-        return ""
-    share = _middle(values[-SETTLED:])
-    return f"{share:.0%} of a step is waiting for rewards after sampling is over." if share > 0.4 else ""
-
-
 VITALS: tuple[Vital, ...] = (
     Vital(
-        "correct_rate", "correct rate", "%", "rises, never halves within 20 steps; most is learned at 10 % to 90 %",
-        "Look at the newest completions, and lower training.lr: too large an update is the usual cause.",
-        _read("correct_rate"), _falling,
+        "correct_rate", "correct rate", "%", "rises, never below half its best; most is learned at 10 % to 90 %",
+        "Too large an update is the usual cause: lower training.lr and start again, or from the last good checkpoint "
+        "(lora.init_from = its adapter folder). Look at the newest completions.",
+        judges.read("correct_rate"), judges.drifting(judges.falling), judges.falling,
     ),
     Vital(
         "mean_reward", "mean reward", "", "rises; not the same for all rollouts",
         "Look at some completions with `retrain sample RUN --index 0`: is the reward right, is the task within reach?",
-        _read("mean_reward"), _reward,
+        judges.read("mean_reward"), judges.reward, judges.reward_falling,
+    ),
+    Vital(
+        "held_out", "held-out accuracy", "%", "not below the interval of the evaluation before the first step",
+        "What was learned does not help on other tasks: lower training.lr, and compare completions with `retrain eval` and "
+        "`retrain sample`.",
+        judges.read("eval/accuracy"), judges.worse, of_evaluations=True,
     ),
     Vital(
         "silent_share", "groups without signal", "%", "below 80 %",
         "All wrong: easier tasks or a larger training.group_size; all correct: harder tasks; training.min_signal samples "
         "past both.",
-        _silent_share, _silence,
+        judges.silent_share, judges.silence,
     ),
     Vital(
         "truncated_share", "truncated", "%", "below 30 %",
         'Raise training.max_tokens, or set training.truncated = "mask" or "soft".',
-        _read("max_token_hit_rate"), _cut,
+        judges.read("max_token_hit_rate"), judges.cut,
     ),
     Vital(
         "mean_length", "completion length", "tokens", "does not double or halve within 20 steps",
         "Read some completions: growth may be padding, shrinking a shortcut that the reward allows.",
-        _read("mean_length"), _drift,
+        judges.read("mean_length"), judges.drifting(judges.length), judges.length,
     ),
     Vital(
         "entropy", "entropy", "nats/token",
         "above 0.02 until 90 % are correct; no fall by 3/4 or doubling in 20 steps",
         "Lower training.lr; against a fall also training.temperature = 1.0, a higher loss.clip_high, or loss.entropy.",
-        _read("entropy_mean"), _explore,
+        judges.read("entropy_mean"), judges.explore, judges.entropy,
     ),
     Vital(
         "ratio_gap", "largest |log ratio|", "",
         "below 0.05 or 10 times its median, and below 1.5 (float32: about 1e-5, bf16: 0.01 and more)",
-        "One token is harmless if approx_kl is small; loss.tis_cap bounds such weights.", _ratio_gap, _mismatch,
+        "One token is harmless if approx_kl is small; loss.tis_cap bounds such weights.", judges.ratio_gap, judges.mismatch,
     ),
     Vital(
         "approx_kl", "sampler-learner KL", "nats/token",
         "below 0.01, and 1e-4 or 100 times its median (float32: about 1e-12, bf16: 1e-7 to 1e-3)",
         "What is sampled is not the trained policy: check inference.dtype, inference.kv_cache_dtype and training.top_p.",
-        _read("approx_kl"), _divergence,
+        judges.read("approx_kl"), judges.divergence,
     ),
     Vital(
         "moved_kl", "KL moved by a batch", "nats/token", "below 0.05",
-        "Lower training.lr or training.updates_per_batch.", _moved_kl, _moved,
+        "Lower training.lr or training.updates_per_batch.", judges.moved_kl, judges.moved,
     ),
     Vital(
         "grad_norm", "gradient norm", "", "within ten times its median; not 0",
         "One jump is harmless (loss.grad_clip cuts it), repeated ones ask for a lower training.lr; 0 says that no "
         "advantage reached the loss.",
-        _read("grad_norm"), _norm,
+        judges.read("grad_norm"), judges.norm,
     ),
     Vital(
         "reward_errors", "reward errors", "%", "below 2 %",
         "events.log has the first traceback; reward.timeout_s is the deadline.",
-        _read("reward_error_rate"), _failing("the reward failed"),
+        judges.read("reward_error_rate"), judges.failing("the reward failed"),
     ),
     Vital(
         "rollout_errors", "broken rollouts", "%", "below 2 %",
         "emergence/steps.jsonl says of every rollout why it broke.",
-        _read("rollout_error_rate"), _failing("broken"),
+        judges.read("rollout_error_rate"), judges.failing("broken"),
     ),
     Vital(
         "skipped_update", "skipped update", "", "never",
         'Lower training.lr or set inference.dtype = "fp32"; three in a row end the run.',
-        _read("skipped_update"), _skipped,
+        judges.read("skipped_update"), judges.skipped,
     ),
     Vital(
         "tokens_per_second", "sampling speed", "tokens/s", "does not halve within 20 steps",
         "Something else uses the device, or a few long completions leave it idle.",
-        _read("tokens_per_second"), _slower,
+        judges.read("tokens_per_second"), judges.slower, judges.speed,
     ),
     Vital(
         "sampling_share", "share of time in sampling", "%", "40 % to 90 % is usual",
-        "`retrain bench` shows what bounds the step.", _share_of_time("sample_time_s"), _fine,
+        "`retrain bench` shows what bounds the step.", judges.share_of_time("sample_time_s"), judges.fine,
     ),
     Vital(
         "scoring_share", "share of time waiting for rewards", "%", "below 40 %",
-        "Make the reward faster, or its calls concurrent.", _share_of_time("score_time_s"), _waiting,
+        "Make the reward faster, or its calls concurrent.", judges.share_of_time("score_time_s"), judges.waiting,
     ),
 )  # fmt: skip
 """In the order in which people read them."""
@@ -428,36 +176,92 @@ class Watch:
     )
     _ill: dict[str, int] = field(default_factory=dict[str, int])
     """Metrics outside their range, and for how many steps they have been back inside."""
+    _before: dict[str, tuple[float, float | None]] = field(
+        default_factory=dict[str, "tuple[float, float | None]"]
+    )
+    """Of those that drifted: their level before it, and the mean reward at that time."""
+    _past: Past = field(default_factory=Past)
+    _fall: Fall | None = None
+    _collapse_told: bool = False
+    _silent: bool = False
 
     def observe(self, row: Row) -> list[Alarm]:
-        """Alarms that this row of a training step raises; a row of an evaluation raises none."""
-        if is_evaluation(row):
-            return []
+        """Alarms that a row of a training step or of an evaluation raises."""
+        evaluated = is_evaluation(row)
+        if not evaluated:
+            self._fall = self._past.observe(row)
         raised: list[Alarm] = []
         for vital in VITALS:
-            value = vital.value(row)
+            value = vital.value(row) if vital.of_evaluations is evaluated else None
             if value is None:
                 continue
             values, rows = self._seen.setdefault(vital.name, ([], []))
             values.append(value)
             rows.append(row)
             if len(values) > WINDOW + 1:
-                del values[0], rows[0]
-            wrong = vital.judge(values, rows)
+                oldest = 1 if vital.of_evaluations else 0
+                del values[oldest], rows[oldest]
+            wrong = self._wrong(vital, values, rows)
             if wrong:
-                if vital.name not in self._ill:
-                    raised.append(Alarm(int(row["step"]), vital.name, wrong, vital.advice))
+                if self._is_collapse_news(vital) or vital.name not in self._ill:
+                    # An evaluation counts completed steps, an alarm names the last of them.
+                    step = max(0, int(row["step"]) - evaluated)
+                    raised.append(Alarm(step, vital.name, wrong, vital.advice))
                 self._ill[vital.name] = 0
             elif vital.name in self._ill:
                 self._ill[vital.name] += 1
-                if self._ill[vital.name] >= WELL:
+                if self._ill[vital.name] >= (1 if vital.of_evaluations else WELL):
                     del self._ill[vital.name]
+                    self._before.pop(vital.name, None)
+                    self._collapse_told = self._collapse_told and vital.name != "correct_rate"
+        if not evaluated:
+            self._silent = judges.silent_share(row) == 1.0
         return raised
+
+    def _is_collapse_news(self, vital: Vital) -> bool:
+        """Did a fall that has been said turn out to be a collapse?"""
+        if vital.name != "correct_rate" or self._fall is None or not self._fall.collapsed:
+            return False
+        told, self._collapse_told = self._collapse_told, True
+        return not told
+
+    def _wrong(self, vital: Vital, values: Sequence[float], rows: Sequence[Row]) -> str:
+        """What is wrong with a metric now, "" for nothing: a drift also where it happened before the window."""
+        if vital.name == "correct_rate" and self._fall is not None:
+            return self._fall.message
+        said = vital.judge(values, rows)
+        if vital.drift is None:
+            return said
+        if said:
+            change = judges.change(values)
+            if vital.name not in self._before and change and vital.drift(*change):
+                self._before[vital.name] = (change[0], _reward_of(rows[: judges.BASE]))
+            return said
+        if vital.name not in self._before:
+            return ""
+        before, reward = self._before[vital.name]
+        if vital.name in ("mean_length", "entropy"):
+            # Where rewards are as good as then or better, this is how the run is now.
+            now = _reward_of(rows[-judges.SETTLED:])
+            if reward is None or now is None or now >= reward:
+                return ""
+        return vital.drift(before, judges.mean(values[-judges.SETTLED:]))
 
     @property
     def ill(self) -> list[str]:
         """Names of the metrics that are outside their range now, in the table's order."""
-        return [vital.name for vital in VITALS if vital.name in self._ill]
+        marked = set(self._ill)
+        # What the alarm of another metric names needs no alarm of its own.
+        if "correct_rate" in self._ill and self._fall is not None:
+            marked |= set(self._fall.moved)
+        if "mean_reward" in self._ill and self._silent:
+            marked.add("silent_share")
+        return [vital.name for vital in VITALS if vital.name in marked]
+
+
+def _reward_of(rows: Sequence[Row]) -> float | None:
+    known = [value for row in rows if (value := number(row, "mean_reward")) is not None]
+    return judges.mean(known) if known else None
 
 
 def is_evaluation(row: Row) -> bool:
