@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from retrain import cards, estimate, runner
+from retrain import cards, estimate, preflight, runner
 from retrain.config.load import Override, load
 from retrain.errors import ConfigError, ModelError, UsageError
-from retrain.memory import MemoryPlan
+from retrain.memory import MemoryPlan, class_of
 from retrain.tracking import layout
 
 
@@ -109,6 +109,12 @@ def test_a_faster_card_is_faster_and_longer_answers_take_longer(make_config):
         ("NVIDIA A10", 22.5, "A10"),
         ("NVIDIA L4", 22.5, "L4"),
         ("NVIDIA L40S", 45, "L40S"),
+        ("NVIDIA L40", 45, "L40"),
+        ("NVIDIA A10G", 22.5, "A10G"),
+        ("NVIDIA H100 NVL", 93.6, "H100 NVL"),
+        ("NVIDIA H200 NVL", 140.4, "H200 NVL"),
+        ("NVIDIA GeForce RTX 4090 D", 24, "RTX 4090 D"),
+        ("NVIDIA GeForce RTX 3090 Ti", 24, "RTX 3090 Ti"),
         ("NVIDIA RTX 6000 Ada Generation", 48, "RTX 6000 Ada"),
         ("Tesla T4", 15, None),
     ],
@@ -121,9 +127,75 @@ def test_cards_are_known_by_what_drivers_call_them(driver, gib, name):
 def test_cards_are_found_however_they_are_spelt():
     for name in ("4090", "rtx4090", "NVIDIA GeForce RTX 4090"):
         assert cards.find(name).name == "RTX 4090"
-    assert cards.find("a100").name == "A100 80GB"
+    for name, found in (("a100", "A100 80GB"), ("h100 80gb", "H100"), ("L40", "L40"), ("l4 24GB", "L4")):
+        assert cards.find(name).name == found
     with pytest.raises(UsageError, match="did you mean H200"):
         cards.find("H20O")
+
+
+@pytest.mark.parametrize(
+    ("name", "driver_mib", "torch_gib", "gigabytes"),
+    [
+        ("RTX 3090", 24576, 23.69, 24),
+        ("RTX 3090 Ti", 24564, 23.69, 24),
+        ("RTX 4090", 24564, 23.51, 24),
+        ("RTX 4090 D", 24564, 23.52, 24),
+        ("RTX 5090", 32607, 31.36, 32),
+        ("RTX A6000", 49140, 47.53, 48),
+        ("RTX 6000 Ada", 49140, 47.50, 48),
+        ("A10", 23028, 22.06, 22),
+        ("A10G", 23028, 22.19, 22),
+        ("L4", 23034, 22.03, 22),
+        ("L40", 46068, 44.39, 44),
+        ("L40S", 46068, 44.53, 44),
+        ("A100 40GB", 40960, 39.39, 40),
+        ("A100 80GB", 81920, 79.14, 80),
+        ("H100", 81559, 79.10, 80),
+        ("H100 PCIe", 81559, 79.11, 80),
+        ("H100 NVL", 95830, 93.00, 96),
+        ("H200", 143771, 139.81, 141),
+        ("H200 NVL", 143771, 139.81, 141),
+        ("B200", 183359, 178.35, 178),
+    ],
+)
+def test_the_table_the_driver_and_torch_lead_to_one_memory_class(name, driver_mib, torch_gib, gigabytes):
+    sizes = (cards.card(name).bytes, driver_mib * 2**20, int(torch_gib * 2**30))
+    assert [class_of(size) for size in sizes] == [gigabytes] * 3
+
+
+def driver(monkeypatch, tmp_path, line):
+    """A driver's tool that says this of its one card."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{line}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+
+def test_a_card_under_another_name_is_said_to_be_taken_as_one_of_the_table(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, note in (
+        ("NVIDIA H100 80GB HBM3", "data sheet"), ("NVIDIA H100 XYZ", "taken as H100; data sheet"),
+        ("NVIDIA RTX 6000 Ada Generation", "data sheet"),
+    ):  # fmt: skip
+        driver(monkeypatch, tmp_path, f"{name}, {49140 if 'Ada' in name else 81559}, GPU-1")
+        assert cards.present("gpu:0", speed=False).note == note
+
+
+def test_a_gpu_that_only_torch_can_see_never_stops_a_run(make_config, monkeypatch, tmp_path):
+    driver(monkeypatch, tmp_path, "NVIDIA H100 80GB HBM3, 81559, GPU-1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    monkeypatch.setattr(cards, "_host_bytes", lambda: 100 * 2**20)
+    monkeypatch.setattr(cards, "_swap_bytes", lambda: 0)
+    preflight.check_fit(make_config(backend={"devices": "gpu:0"}))
+    with pytest.raises(ConfigError, match="cannot fit on CPU"):
+        preflight.check_fit(make_config(backend={"devices": "cpu"}))
+
+
+@pytest.mark.parametrize(("freedom", "value"), [(1, 12.706), (2, 4.303), (3, 3.182), (15, 2.131), (20, 2.086)])
+def test_students_quantiles(freedom, value):
+    from retrain.training.probe import _t95
+
+    assert _t95(freedom) == pytest.approx(value, abs=1e-3)
 
 
 def test_a_model_is_found_in_the_local_cache(make_config, tmp_path, monkeypatch):

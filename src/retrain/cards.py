@@ -4,8 +4,9 @@ config.json from its folder, from the local cache, or from a table of well-known
 Cards: memory in GB as sold, dense tensor peaks of bf16 products with float32 sums and peaks of plain float32 in TFLOP/s
 (no sparsity), memory traffic in GB/s, all from NVIDIA's data sheets and architecture papers: GA102 (RTX 3090, A10, RTX
 A6000), Ada (RTX 4090, L4, L40S, RTX 6000 Ada), RTX Blackwell (RTX 5090), A100, H100, H200 and B200 in the SXM form
-unless the name says PCIe. Models: the sizes in their published config.json. Both tables stand for what cannot be
-looked up here; what is on the disk, or in the machine, wins.
+unless the name says PCIe or NVL; the A10G's are those that its only seller states. Memory that programs are shown is what
+torch reports, less than what is sold: most of all where error correction takes a share. Models: the sizes in their published
+config.json. Both tables stand for what cannot be looked up here; what is on the disk, or in the machine, wins.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ _SHARE = 0.85
 _MATMUL = 512
 """Rows and columns of the product that measures a CPU."""
 _TINY = "retrain/tiny"
-USABLE = 0.985
-"""Share of a card's memory as sold, taken as GiB, that a program is shown: the rest holds error correction and tables."""
 
 
 @dataclass(frozen=True, slots=True)
 class CardSpec:
-    """One card: ``memory_gb`` as sold, ``bf16`` and ``fp32`` in TFLOP/s, ``bandwidth`` in GB/s."""
+    """One card: ``memory_gb`` as sold, ``gib`` as programs are shown it, ``bf16`` and ``fp32`` in TFLOP/s, ``bandwidth`` in
+    GB/s."""
 
     name: str
     memory_gb: int
+    gib: float
     bf16: float
     fp32: float
     bandwidth: float
@@ -50,26 +51,32 @@ class CardSpec:
     @property
     def bytes(self) -> int:
         """Memory that a program is shown."""
-        return int(self.memory_gb * 2**30 * USABLE)
+        return int(self.gib * 2**30)
 
 
 CARDS = {
     spec.name: spec
     for spec in (
-        CardSpec("RTX 3090", 24, 71.0, 35.6, 936),
-        CardSpec("RTX 4090", 24, 165.2, 82.6, 1008),
-        CardSpec("RTX 5090", 32, 209.5, 104.8, 1792),
-        CardSpec("RTX A6000", 48, 154.8, 38.7, 768),
-        CardSpec("RTX 6000 Ada", 48, 364.2, 91.1, 960),
-        CardSpec("A10", 24, 125.0, 31.2, 600),
-        CardSpec("L4", 24, 121.0, 30.3, 300),
-        CardSpec("L40S", 48, 362.0, 91.6, 864),
-        CardSpec("A100 40GB", 40, 312.0, 19.5, 1555),
-        CardSpec("A100 80GB", 80, 312.0, 19.5, 2039),
-        CardSpec("H100", 80, 989.0, 67.0, 3350),
-        CardSpec("H100 PCIe", 80, 756.0, 51.0, 2000),
-        CardSpec("H200", 141, 989.0, 67.0, 4800),
-        CardSpec("B200", 180, 2250.0, 75.0, 7700),
+        CardSpec("RTX 3090", 24, 23.69, 71.0, 35.6, 936),
+        CardSpec("RTX 3090 Ti", 24, 23.69, 80.0, 40.0, 1008),
+        CardSpec("RTX 4090", 24, 23.64, 165.2, 82.6, 1008),
+        CardSpec("RTX 4090 D", 24, 23.64, 147.1, 73.5, 1008),
+        CardSpec("RTX 5090", 32, 31.36, 209.5, 104.8, 1792),
+        CardSpec("RTX A6000", 48, 47.53, 154.8, 38.7, 768),
+        CardSpec("RTX 6000 Ada", 48, 47.50, 364.2, 91.1, 960),
+        CardSpec("A10", 24, 22.06, 125.0, 31.2, 600),
+        CardSpec("A10G", 24, 22.06, 70.0, 31.5, 600),
+        CardSpec("L4", 24, 22.03, 121.0, 30.3, 300),
+        CardSpec("L40", 48, 44.39, 181.0, 90.5, 864),
+        CardSpec("L40S", 48, 44.39, 362.0, 91.6, 864),
+        CardSpec("A100 40GB", 40, 39.39, 312.0, 19.5, 1555),
+        CardSpec("A100 80GB", 80, 79.14, 312.0, 19.5, 2039),
+        CardSpec("H100", 80, 79.10, 989.0, 67.0, 3350),
+        CardSpec("H100 PCIe", 80, 79.10, 756.0, 51.0, 2000),
+        CardSpec("H100 NVL", 94, 93.00, 835.0, 60.0, 3900),
+        CardSpec("H200", 141, 139.8, 989.0, 67.0, 4800),
+        CardSpec("H200 NVL", 141, 139.8, 835.0, 60.0, 4800),
+        CardSpec("B200", 180, 178.35, 2250.0, 75.0, 7700),
     )
 }
 """By name, smallest first within a family."""
@@ -89,9 +96,15 @@ def find(name: str) -> CardSpec:
         wanted = "a10080gb"
     if wanted in by_plain:
         return by_plain[wanted]
-    holding = [spec for plain, spec in by_plain.items() if wanted and wanted in plain]
-    if len(holding) == 1:
-        return holding[0]
+    # Its memory behind a name that needs none: "H100 80GB", "L4 24GB".
+    for plain, spec in by_plain.items():
+        if wanted.replace(f"{spec.memory_gb}gb", "") == plain:
+            return spec
+    # A whole end of a name before any part of one: 4090 is no RTX 4090 D.
+    for part in (str.endswith, str.__contains__):
+        holding = [spec for plain, spec in by_plain.items() if wanted and part(plain, wanted)]
+        if len(holding) == 1:
+            return holding[0]
     near = get_close_matches(wanted, by_plain, n=1)
     hint = f"did you mean {by_plain[near[0]].name}? " if near else ""
     raise UsageError(f"--gpu {name!r} is not in the table of cards.", fix=f"{hint}known: {', '.join(CARDS)}.")
@@ -109,10 +122,19 @@ def of_driver(name: str, memory_bytes: int) -> CardSpec | None:
     return fitting[0] if fitting else None
 
 
+def _taken_as(name: str, spec: CardSpec) -> str:
+    """Where the figures are from, and of which card, where the driver's name says more than the table's."""
+    rest = _plain(name).removesuffix("generation").replace(f"{spec.memory_gb}gb", "")
+    same = rest == _plain(spec.name).replace(f"{spec.memory_gb}gb", "")
+    return "data sheet" if same else f"taken as {spec.name}; data sheet"
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """A device in numbers: ``bytes`` of memory, ``flops`` of its best product per format in operations a second,
-    ``bandwidth`` in bytes a second (0: unknown, then there is no estimate of time). ``note`` says where they are from."""
+    ``bandwidth`` in bytes a second (0: unknown, then there is no estimate of time). ``note`` says where they are from.
+    ``guessed``: a GPU was asked for and none was found, which torch may still see."""
+
 
     name: str
     kind: Literal["cpu", "cuda"]
@@ -123,6 +145,7 @@ class Device:
     here: bool
     note: str = ""
     swap: int = 0
+    guessed: bool = False
 
 
 def card(name: str) -> Device:
@@ -134,20 +157,20 @@ def card(name: str) -> Device:
 
 
 def present(devices: str, *, speed: bool = True) -> Device:
-    """The device that ``backend.devices`` comes to on this machine, without torch: a missing GPU is the CPU, as in a run.
+    """The device that ``backend.devices`` comes to on this machine, without torch: a missing GPU is the CPU, as in a run,
+    and then only ``guessed``: torch sees GPUs that nvidia-smi does not list (parts of a card by name, those of others).
     ``speed`` also measures the CPU's products, in about 10 ms."""
     if devices != "cpu" and (found := _cuda(int(devices.partition(":")[2] or 0))) is not None:
         return found
-    note = "" if devices == "cpu" else f"no CUDA device here: {devices} falls back to the CPU"
+    asked = devices != "cpu"
+    note = f"none was found here for {devices}; a run without one uses the CPU" if asked else ""
     return Device(
-        "CPU", "cpu", _host_bytes(), 0.0, _cpu_flops() if speed else 0.0, 10e9 if speed else 0.0, True, note, _swap_bytes()
+        "CPU", "cpu", _host_bytes(), 0.0, _cpu_flops() if speed else 0.0, 10e9 if speed else 0.0, True, note, _swap_bytes(), asked
     )  # fmt: skip
 
 
 def _cuda(index: int) -> Device | None:
     """What the driver says of the GPU that the program would see as number ``index``."""
-    if not Path("/proc/driver/nvidia").exists() and os.name == "posix":
-        return None
     command = ["nvidia-smi", "--query-gpu=name,memory.total,uuid", "--format=csv,noheader,nounits"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -167,7 +190,7 @@ def _cuda(index: int) -> Device | None:
             name, "cuda", size, 0.0, 0.0, 0.0, True, "not in the table of cards: its speed is unknown"
         )
     return Device(
-        name, "cuda", size, spec.bf16 * 1e12, spec.fp32 * 1e12, spec.bandwidth * 1e9, True, "data sheet"
+        name, "cuda", size, spec.bf16 * 1e12, spec.fp32 * 1e12, spec.bandwidth * 1e9, True, _taken_as(name, spec)
     )
 
 
@@ -249,12 +272,13 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
     """What is known of a model before it is loaded: the keys of its config.json as attributes, those of its
-    generation_config.json (None: not looked at), and in words where they are from."""
+    generation_config.json (None: not looked at), in words where they are from, and the folder (None: a table)."""
 
     name: str
     config: Any
     generation: Mapping[str, Any] | None
     source: str
+    folder: Path | None = None
 
 
 def look_up(name: str, revision: str = "", beside: Path | None = None) -> ModelFiles:
@@ -311,7 +335,7 @@ def _from(folder: Path, name: str, source: str) -> ModelFiles:
     if values is None:
         raise ModelError(f"{folder / 'config.json'} is not a JSON object.", fix="download the model again.")
     return ModelFiles(
-        name, SimpleNamespace(**values), _json(folder / "generation_config.json") or MappingProxyType({}), source
+        name, SimpleNamespace(**values), _json(folder / "generation_config.json") or MappingProxyType({}), source, folder
     )  # fmt: skip
 
 

@@ -52,6 +52,11 @@ class Interval:
     low: float
     high: float
 
+    @property
+    def middle(self) -> float:
+        """The geometric mean of both ends: as many times above the one as below the other."""
+        return (self.low * self.high) ** 0.5
+
     def times(self, factor: float) -> Interval:
         """Both ends scaled."""
         return Interval(self.low * factor, self.high * factor)
@@ -63,7 +68,8 @@ class Interval:
 @dataclass(frozen=True, slots=True)
 class Model:
     """A model in numbers: ``shape`` of its layers, ``parameters`` in all, ``context`` positions (None: not said),
-    ``generation`` as in its generation_config.json (None: not looked at), ``source`` where this is from, in words."""
+    ``generation`` as in its generation_config.json (None: not looked at), ``source`` where this is from, in words,
+    ``folder`` its files where they are here."""
 
     name: str
     config: Any
@@ -72,6 +78,7 @@ class Model:
     context: int | None
     generation: Mapping[str, Any] | None
     source: str
+    folder: Path | None = None
 
 
 def model_of(config: Config, beside: Path | None = None) -> Model:
@@ -87,7 +94,7 @@ def model_of(config: Config, beside: Path | None = None) -> Model:
     context = getattr(files.config, "max_position_embeddings", None)
     return Model(
         files.name, files.config, shape, shape.weights + norms, context if isinstance(context, int) else None,
-        files.generation, files.source,
+        files.generation, files.source, files.folder,
     )  # fmt: skip
 
 
@@ -105,7 +112,8 @@ def itemsize_of(config: Config, kind: str) -> int:
 def prompt_tokens(config: Config, context: int | None) -> int:
     """Tokens of a prompt as assumed where no tokenizer has been asked."""
     assumed = _PROMPTS.get(config.data.source, _OTHER_PROMPT)
-    return max(1, min(assumed, context - config.training.max_tokens)) if context else assumed
+    room = context - config.training.max_tokens if context else 0
+    return min(assumed, room) if room > 0 else assumed
 
 
 @dataclass(frozen=True, slots=True)

@@ -260,7 +260,9 @@ def inexact_because(
         "threads": "the thread count",
         "code": "retrain's own code",
     }
-    for key in sorted({*before, *now} - {"git", "weights", "model_commit", "tokenizer", "eval_tasks", "inexact"}):
+    # Other training tasks are refused, by the cursor that reads its position in them.
+    apart = {"git", "weights", "model_commit", "tokenizer", "train_tasks", "eval_tasks", "inexact"}
+    for key in sorted({*before, *now} - apart):
         if before.get(key) != now.get(key):
             what = names.get(key, f"the version of {key}" if key not in ("dtype", "deterministic") else key)
             reasons.append(f"{what} was {before.get(key) or 'unknown'} and is {now.get(key) or 'unknown'}")
@@ -289,6 +291,21 @@ def inexact_on_resume(
     return list(dict.fromkeys(reasons))
 
 
+def check_room(config: Config, model: estimate.Model, prompt: int = 0) -> None:
+    """ConfigError where answers, or answers after a prompt of ``prompt`` tokens, do not fit the model's positions."""
+    context, longest = model.context, config.training.max_tokens
+    if context is None or prompt + longest + (not prompt) <= context:
+        return
+    said = f"with the longest prompt of {prompt} tokens " if prompt else ""
+    raise ConfigError(
+        f"training.max_tokens = {longest} {said}does not fit: {model.name} has {context} positions"
+        + (", and a prompt needs some." if not prompt else "."),
+        fix=f"set training.max_tokens to at most {context - prompt}." if 0 < prompt < context
+        else f"set training.max_tokens below {context}, less what the longest prompt takes." if not prompt
+        else "use other tasks, a shorter data.instruction or data.system, or another model.",
+    )  # fmt: skip
+
+
 def gib(number: float) -> str:
     """Bytes in words."""
     return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.0f} MiB"
@@ -296,7 +313,7 @@ def gib(number: float) -> str:
 
 def check_fit(config: Config, device: cards.Device | None = None) -> None:
     """ConfigError, with what would fit, where the device (None: the one of ``backend.devices``) cannot hold what no
-    rollout can avoid: weights, adapter, optimizer. Says nothing about a model or a backend that it does not know."""
+    rollout can avoid: weights, adapter, optimizer. Says nothing about a model, a backend or a GPU that it does not know."""
     if config.backend.backend != "local":
         return
     try:
@@ -310,7 +327,7 @@ def check_fit(config: Config, device: cards.Device | None = None) -> None:
 def refuse_unfit(config: Config, made: estimate.Estimate) -> None:
     """``check_fit`` for an estimate that is there."""
     device, memory = made.device, made.memory
-    if memory.certain <= device.bytes + device.swap:
+    if memory.certain <= device.bytes + device.swap or device.guessed:
         return
     adapter = 16 * made.trainable
     fixes = [*estimate.that_fit(config, made.model, device)]
@@ -389,9 +406,11 @@ def advice(
     other = {k: v for k, v in ignored.items() if k not in same or same[k] != v}
     if other:
         listed = ", ".join(f"{k} = {v}" for k, v in sorted(other.items()))
-        found.append(
-            f"The model's generation_config sets {listed}: not used, sampling is what the configuration says."
+        used = " and ".join(
+            f"{k} = {same[k]}{'' if k in config.training.model_fields_set else ' (default)'}"
+            for k in ("temperature", "top_p")
         )
+        found.append(f"The model's generation_config sets {listed}: not used. Sampling is with {used} alone.")
     if config.training.top_p < 1:
         found.append(
             "top_p < 1 samples from a truncated policy; logprobs and the ratio describe the whole one."

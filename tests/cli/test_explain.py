@@ -14,6 +14,7 @@ import pytest
 
 from retrain import cards
 from retrain.cli.main import main
+from retrain.types import Message
 
 GOLDEN = Path(__file__).parent / "golden"
 CAMPAIGN = """\
@@ -157,9 +158,70 @@ def test_a_campaign_is_counted(capsys, here):
     found = record(capsys, "--gpu", "H100")
     assert (found["campaign"]["runs"], found["campaign"]["steps"]) == (6, 50)
     one = found["time"]["step"]["low"] * 50
+    assert (found["time"]["evaluations"], found["step"]["steps"]) == (0, 50)
     assert found["campaign"]["one_after_the_other"]["low"] == pytest.approx(6 * one, rel=0.02)
     assert any("[campaign] does not run" in line for line in found["announcements"])
     assert {s["key"]: s["origin"] for s in found["settings"]}["training.seed"] == "retrain.toml:17"
+
+
+def test_flags_and_evaluations_of_a_campaign_are_the_campaigns(capsys, here):
+    with (here / "retrain.toml").open("a") as file:
+        file.write("\n[eval]\nsource = 'arithmetic'\nevery = 5\n" + CAMPAIGN)
+    found = record(capsys, "--gpu", "H100", "--max-steps", "7", "--campaign.seeds", "[1, 2]")
+    assert (found["campaign"]["steps"], found["campaign"]["runs"]) == (7, 4)
+    assert found["time"]["evaluations"] == 3  # before the first step, after 5 and after 7
+    origins = {s["key"]: (s["value"], s["origin"]) for s in found["settings"]}
+    assert origins["campaign.max_steps"] == (7, "--max-steps")
+    assert origins["training.max_steps"] == (7, "campaign.max_steps")
+
+
+def test_answers_longer_than_the_models_positions_are_refused(capsys, here):
+    assert main(["explain", "--template", "tiny", "--max-tokens", "5000"]) == 2
+    got = capsys.readouterr()
+    assert "retrain/tiny has 512 positions" in got.err
+    assert "fits                  no" in got.out
+    assert main(["explain", "--template", "tiny", "--max-tokens", "512", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["fits"]["verdict"] == "too long"
+    explained(capsys, "--template", "tiny", "--max-tokens", "511")
+
+
+def test_the_longest_real_prompt_is_measured_where_the_data_is_asked_for(capsys, here):
+    words = ("--model", "retrain/tiny", "--devices", "cpu", "--max-tokens", "80")
+    before = record(capsys, *words)
+    assert (before["step"]["prompt_from"], before["step"]["prompt_tokens"]) == ("assumed", 256)
+    assert any("256 tokens is assumed" in line for line in before["unknown"])
+    after = record(capsys, *words, "--data")
+    assert after["step"]["prompt_from"] == "data"
+    from retrain.renderer import load_renderer
+
+    rows = [json.loads(line)["question"] for line in (here / "tasks.jsonl").read_text().splitlines()]
+    least = max(len(load_renderer("retrain/tiny").encode([Message("user", q)])) for q in rows)
+    assert least <= after["step"]["prompt_tokens"] < 200
+    room = 512 - after["step"]["prompt_tokens"]
+    assert main(["explain", *words[:4], "--max-tokens", str(room + 1), "--data"]) == 2
+    assert f"at most {room}." in capsys.readouterr().err
+
+
+def test_a_gpu_that_was_not_found_is_not_known(capsys, monkeypatch):
+    monkeypatch.setattr(cards, "_host_bytes", lambda: 2**30)
+    found = record(capsys, "--devices", "gpu:0")
+    assert found["fits"] == {"verdict": "unknown", "why": None, "fix": None}
+
+
+def test_what_is_sampled_with_instead_of_the_generation_config(capsys):
+    def said(*words):
+        return next(a for a in record(capsys, "--gpu", "H100", *words)["advice"] if "generation_config" in a)
+
+    assert said().endswith("Sampling is with temperature = 0.7 (default) and top_p = 1.0 (default) alone.")
+    assert "temperature = 0.9 and" in said("--temperature", "0.9")
+
+
+def test_stored_rollouts_are_bounded_and_long_times_are_words(capsys):
+    words = ("--gpu", "H100", "--max-steps", "100000", "--max-tokens", "30000")
+    assert record(capsys, *words, "--rollouts-mb", "5")["disk"]["rollouts_at_most"] == 5_000_000
+    out = explained(capsys, *words)
+    assert " years" in out
+    assert "e+" not in out
 
 
 def test_an_unknown_model_is_said_to_be_unknown(capsys):
@@ -185,6 +247,7 @@ def test_what_stands_in_the_run_directory(capsys, here):
     [
         (["--gpu", "Voodoo 2"], "not in the table of cards"),
         (["--gpu", "h100", "--probe", "2"], "give one of them"),
+        (["--gpu", ""], "names no card"),
         (["--probe", "no"], "not a whole number"),
         (["--template", "none"], "--template none"),
         (["nowhere.toml"], "nowhere.toml"),
@@ -198,7 +261,10 @@ def test_wrong_usage_names_the_place(capsys, words, said):
 def test_a_probe_samples_with_the_real_model(capsys, here):
     words = ("--template", "tiny", "--batch-size", "2", "--group-size", "4")
     before = record(capsys, *words)
-    after = record(capsys, *words, "--probe", "6")
+    assert main(["explain", *words, "--probe", "6", "--json"]) == 0
+    got = capsys.readouterr()
+    after = json.loads(got.out)
+    assert "probe: sampling 6 x 4 answers" in got.err
     probe = after["probe"]
     assert (probe["tasks"], probe["rollouts"]) == (6, 24)
     assert 0 <= probe["silent"]["low"] <= probe["silent"]["value"] <= probe["silent"]["high"] <= 1
@@ -209,13 +275,25 @@ def test_a_probe_samples_with_the_real_model(capsys, here):
     assert not (here / "logs").exists()
 
 
+def test_a_probe_of_one_task_gives_no_interval_and_none_is_sampled_twice(capsys, here):
+    (here / "tasks.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    words = ("--model", "retrain/tiny", "--devices", "cpu", "--max-tokens", "8", "--group-size", "2")
+    assert main(["explain", *words, "--probe", "3"]) == 0
+    got = capsys.readouterr()
+    assert "there are 1 tasks, fewer than 3" in got.err
+    assert "Sampled now: 1 task, 2 answers" in got.out
+    assert got.out.count("(one task: no interval)") == 4
+    assert "95 % interval" not in got.out
+
+
 MAIN = "import sys; from retrain.cli.main import main; main(sys.argv[1:])"
 
 
-def test_no_torch_is_imported():
+@pytest.mark.parametrize("words", [["--gpu", "H100"], ["--model", "retrain/tiny", "--max-tokens", "9", "--data"]])
+def test_no_torch_is_imported(words):
     check = "; print('HEAVY', [m for m in ('torch', 'transformers', 'peft', 'rich') if m in sys.modules])"
     done = subprocess.run(
-        [sys.executable, "-c", MAIN + check, "explain", "--gpu", "H100"],
+        [sys.executable, "-c", MAIN + check, "explain", *words],
         check=True,
         capture_output=True,
         text=True,

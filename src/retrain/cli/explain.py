@@ -9,15 +9,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from retrain.errors import ConfigError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from retrain.cards import Device
-    from retrain.config.load import LoadedConfig
+    from retrain.config.load import LoadedConfig, Override
     from retrain.config.options import CommandLine
-    from retrain.estimate import Estimate, Interval
+    from retrain.estimate import Estimate
     from retrain.training.probe import Probe
 
 USAGE = {
@@ -29,19 +29,18 @@ arithmetic, memory by part, time, disk, and what is worth knowing before it star
 
   --gpu NAME        estimate for this card and not for this machine, such as "RTX 4090" or H100
   --probe N         sample N tasks with the real model: groups without a signal, lengths, cut answers, and time again
-  --data            read the training data as well: what its references mean for the reward
+  --data            read the training data as well: its longest prompt, what its references mean for the reward
   --template NAME   explain a template that ships with the package
   --all             show every setting, defaults too
   --json            print one JSON object
 Every setting of a run has its usual flag: retrain explain --batch-size 4 --gpu H100. Ends with code 2 where the device
-cannot hold the run.
+cannot hold the run, or the model's positions its answers.
 """
 }
 
 _ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
 _QUICK_BYTES = 4 * 2**20
 """A JSONL file up to this size is read without being asked to."""
-_STANDARD_CONDITIONS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +73,8 @@ def explain(arguments: Sequence[str]) -> int:
     )
     own, rest = own_flags("explain", arguments, values=values, switches=switches)
     tasks = whole_number(own["--probe"], "--probe", least=1) if "--probe" in own else 0
+    if not own.get("--gpu", "any").strip():
+        raise UsageError("--gpu names no card.", fix='give its name, such as --gpu "RTX 4090".')
     if tasks and "--gpu" in own:
         raise UsageError("--probe samples on this machine, and --gpu names another.", fix="give one of them.")
     with streams.results(alone="--json" in own) as out, quiet_loading(), at_once_on_interrupt():
@@ -140,22 +141,37 @@ def _without_campaign(source: Path, line: CommandLine) -> LoadedConfig | None:
 
     from pydantic import ValidationError
 
-    from retrain.config.load import load
+    from retrain.config.load import Origin, load
+    from retrain.config.positions import line_numbers
     from retrain.config.schema import Campaign, Config
 
-    raw = tomllib.loads(source.read_text(encoding="utf-8-sig")).get("campaign")
-    if not isinstance(raw, dict):
+    content = source.read_text(encoding="utf-8-sig")
+    found = tomllib.loads(content).get("campaign")
+    if not isinstance(found, dict):
         return None
+    raw = cast("dict[str, Any]", found)
+    at = line_numbers(content)
+    lines = {key: at.get(("campaign", key), 0) for key in raw}
+    origins = {f"campaign.{key}": Origin("file", f"{source}:{n}", n) for key, n in lines.items()}
+    runs: list[Override] = []
+    for override in line.overrides:
+        # --max-steps is the campaign's: its runs have no number of their own.
+        path = ("campaign", "max_steps") if override.path == ("training", "max_steps") else override.path
+        if path[0] == "campaign" and len(path) == 2:
+            raw[path[1]] = override.value
+            origins[".".join(path)] = Origin("flag", override.flag or "flag")
+        else:
+            runs.append(override)
     kept: list[str] = []
     inside = False
-    for text in source.read_text(encoding="utf-8-sig").splitlines():
+    for text in content.splitlines():
         if text.lstrip().startswith("["):
             inside = text.strip(" \t[]").split("]")[0].split(".")[0].strip() == "campaign"
         kept.append("" if inside else text)  # lines keep their numbers
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / source.name
         copy.write_text("\n".join(kept) + "\n", encoding="utf-8")
-        loaded = load(copy, line.overrides, label=str(source))
+        loaded = load(copy, runs, label=str(source))
     try:
         campaign = Config.model_validate({"campaign": raw}).campaign or Campaign()
     except ValidationError as error:
@@ -163,9 +179,12 @@ def _without_campaign(source: Path, line: CommandLine) -> LoadedConfig | None:
         key = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{source}: {key}: {first['msg']}.", fix="correct the value.") from error
     said = f"{source}: [campaign] does not run in this version; the run below is one of its runs."
+    training = loaded.config.training.model_copy(update={"max_steps": campaign.max_steps})
+    origins["training.max_steps"] = Origin("file", "campaign.max_steps")
     return replace(
         loaded,
-        config=loaded.config.model_copy(update={"campaign": campaign}),
+        config=loaded.config.model_copy(update={"campaign": campaign, "training": training}),
+        origins={**loaded.origins, **origins},
         announcements=(*loaded.announcements, said),
         path=source,
     )
@@ -174,43 +193,42 @@ def _without_campaign(source: Path, line: CommandLine) -> LoadedConfig | None:
 def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
     """Everything that is known, JSON-serialisable, and the refusal where the device cannot hold the run."""
     from retrain import cards, estimate, plugins, preflight
+    from retrain.cli import explained
 
     loaded, config = asked.loaded, asked.loaded.config
     plugins.add_search_paths(loaded.search_paths)
     preflight.check_plugins(config)
     unknown: list[str] = []
     advice: list[str] = []
-    model, made, refusal = None, None, None
+    model, made, refusal, verdict = None, None, None, ""
     device = cards.card(asked.gpu) if asked.gpu else cards.present(config.backend.devices)
     try:
         model = estimate.model_of(config, loaded.path.parent if loaded.path else None)
     except ModelError as error:
         unknown.append(f"Parameters, memory and time: {error.message}")
+    tasks, references = _references(asked)
+    prompt = _longest_prompt(asked, model, tasks)
     if config.backend.backend != "local":
         unknown.append(f"Memory and time: they are those of backend {config.backend.backend!r}.")
     elif model is not None:
-        made = estimate.estimate(config, model, device)
+        made = estimate.estimate(config, model, device, prompt=prompt)
+        verdict = _verdict(made)
         try:
+            preflight.check_room(config, model, prompt)
             preflight.refuse_unfit(config, made)
         except ConfigError as error:
             refusal = error
+            verdict = "cannot" if verdict == "cannot" else "too long"
         advice += preflight.fit_advice(made)
-    tasks, references = _references(asked)
     ignored = preflight.ignored_settings((model.generation if model else None) or {})
     advice += preflight.advice(config, tasks, (), ignored)
     found = None
     if asked.probe and refusal is None:
         found = _probe(asked, advice)
         if made is not None and model is not None:
-            made = estimate.estimate(
-                config, model, device,
-                prompt=round(found.prompt),
-                lengths=estimate.Interval(
-                    max(1.0, found.length.low), max(1.0, min(found.length.high, config.training.max_tokens))
-                ),
-                trained=estimate.Interval(1 - found.silent.high, 1 - found.silent.low),
-            )  # fmt: skip
-    unknown += _unknown(config, model, made, asked)
+            made = _again(config, model, device, found)
+            verdict = _verdict(made)
+    unknown += _unknown(config, model, made, asked, prompt)
     record: dict[str, Any] = {
         "configuration": asked.label,
         "settings": _settings(asked),
@@ -220,29 +238,56 @@ def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
             "context": model.context, "source": model.source,
         },
         "trainable_parameters": made.trainable if made else model and model.shape.adapter_weights(config.model.lora_rank),
-        "device": _device(device),
-        "step": _step(config, made),
-        "memory": made and _memory(made),
-        "time": made and _time(config, made, measured=found is not None),
-        "disk": _disk(config, made),
-        "campaign": _campaign(config, made),
+        "device": explained.device_record(device),
+        "step": _step(config, made, "probe" if found else "data" if prompt else "assumed"),
+        "memory": made and explained.memory_record(made),
+        "time": made and explained.time_record(config, made, measured=found is not None and found.length.low is not None),
+        "disk": explained.disk_record(config, made),
+        "campaign": explained.campaign_record(config, made),
         "sepa": _sepa(config),
         "references": references,
         "generation_config_not_used": None if model is None or model.generation is None else dict(ignored),
-        "probe": found and _probed(found),
+        "probe": found and explained.probed_record(found),
         "run_directory": _place(asked),
         "announcements": list(loaded.announcements),
         "advice": advice,
         "unknown": unknown,
-        "fits": made and {"verdict": _verdict(made), "why": refusal and refusal.message, "fix": refusal and refusal.fix},
+        "fits": made and {"verdict": verdict, "why": refusal and refusal.message, "fix": refusal and refusal.fix},
     }  # fmt: skip
     return record, refusal
+
+
+def _again(config: Any, model: Any, device: Device, found: Probe) -> Estimate:
+    """The estimate for what a probe saw; for one task, which gives no interval, only its prompt is taken."""
+    from retrain.estimate import Interval, estimate
+
+    lengths, trained, length, silent = None, None, found.length, found.silent
+    if length.low is not None and length.high is not None:
+        lengths = Interval(max(1.0, length.low), max(1.0, min(length.high, config.training.max_tokens)))
+    if silent.low is not None and silent.high is not None:
+        trained = Interval(1 - silent.high, 1 - silent.low)
+    return estimate(config, model, device, prompt=round(found.prompt), lengths=lengths, trained=trained)
+
+
+def _longest_prompt(asked: _Asked, model: Any, tasks: Sequence[Any]) -> int:
+    """Tokens of the longest prompt where the data was asked for and the tokenizer's files are here, otherwise 0."""
+    if not asked.data or not tasks or model is None or model.folder is None:
+        return 0
+    if not (model.folder / "tokenizer.json").is_file():
+        return 0
+    from retrain.training.probe import longest_prompt
+
+    config = asked.loaded.config
+    here = config.model.model_copy(update={"model": str(model.folder), "revision": ""})
+    with contextlib.suppress(ModelError):
+        return longest_prompt(config.model_copy(update={"model": here}), tasks)
+    return 0
 
 
 def _verdict(made: Estimate) -> str:
     size, memory = made.device.bytes, made.memory
     if memory.certain > size + made.device.swap:
-        return "cannot"
+        return "unknown" if made.device.guessed else "cannot"
     return "yes" if memory.high <= size else "perhaps" if memory.low <= size else "not at its longest"
 
 
@@ -268,15 +313,7 @@ def _settings(asked: _Asked) -> list[dict[str, Any]]:
     return found
 
 
-def _device(device: Device) -> dict[str, Any]:
-    return {
-        "name": device.name, "kind": device.kind, "here": device.here, "bytes": device.bytes,
-        "flops_bf16": device.flops_bf16 or None, "flops_fp32": device.flops_fp32 or None,
-        "bandwidth": device.bandwidth or None, "note": device.note,
-    }  # fmt: skip
-
-
-def _step(config: Any, made: Estimate | None) -> dict[str, Any]:
+def _step(config: Any, made: Estimate | None, prompts: str) -> dict[str, Any]:
     training = config.training
     rollouts = training.batch_size * training.group_size
     found = {
@@ -287,67 +324,11 @@ def _step(config: Any, made: Estimate | None) -> dict[str, Any]:
     }  # fmt: skip
     if made is not None:
         found |= {
-            "prompt_tokens": made.step.prompt, "microbatches_at_most": made.step.microbatches,
+            "prompt_tokens": made.step.prompt, "prompt_from": prompts, "microbatches_at_most": made.step.microbatches,
             "microbatch_tokens": training.microbatch_tokens or made.plan.microbatch_tokens,
             "rows_at_once": made.rows, "checkpointing": made.plan.checkpointing,
         }  # fmt: skip
     return found
-
-
-def _memory(made: Estimate) -> dict[str, Any]:
-    memory = made.memory
-    return {
-        "kept": memory.kept, "sampling": memory.sampling, "learning": memory.learning, "peak": memory.peak,
-        "low": memory.low, "high": memory.high, "certain": memory.certain, "device": made.device.bytes,
-    }  # fmt: skip
-
-
-def _time(config: Any, made: Estimate, *, measured: bool) -> dict[str, Any] | None:
-    step = made.step_seconds
-    if step is None or made.seconds is None:
-        return None
-    return {
-        "phases": {name: _ends(span) for name, span in made.seconds.items()},
-        "step": _ends(step),
-        "evaluation": made.evaluation and _ends(made.evaluation),
-        "evaluations": made.evaluations,
-        "run": _ends(made.run_seconds(config.training.max_steps)),
-        "lengths": "as the probe saw them" if measured else "from a fifth of max_tokens to all of it",
-    }
-
-
-def _ends(span: Interval | None) -> dict[str, float] | None:
-    return span and {"low": float(f"{span.low:.3g}"), "high": float(f"{span.high:.3g}")}
-
-
-def _disk(config: Any, made: Estimate | None) -> dict[str, Any] | None:
-    if made is None:
-        return None
-    every, steps, keep = (
-        config.training.save_every,
-        config.training.max_steps,
-        config.training.keep_checkpoints,
-    )
-    count = min(keep, max(1, -(-steps // every)) if every else 1)
-    tokens = steps * made.step.sampled if config.logging.rollouts else 0
-    return {
-        "checkpoint": 12 * made.trainable, "checkpoints_kept": count, "adapter": 4 * made.trainable,
-        # Measured on runs of both model sizes of benches/estimate.py.
-        "rollouts_at_most": 10 * tokens,
-    }  # fmt: skip
-
-
-def _campaign(config: Any, made: Estimate | None) -> dict[str, Any] | None:
-    campaign = config.campaign
-    if campaign is None:
-        return None
-    conditions = len(campaign.conditions) or _STANDARD_CONDITIONS
-    runs = conditions * len(campaign.seeds)
-    span = made and made.run_seconds(campaign.max_steps)
-    return {
-        "conditions": conditions, "seeds": len(campaign.seeds), "steps": campaign.max_steps, "runs": runs,
-        "one_after_the_other": _ends(span.times(runs)) if span else None,
-    }  # fmt: skip
 
 
 def _sepa(config: Any) -> dict[str, Any] | None:
@@ -404,16 +385,10 @@ def _probe(asked: _Asked, advice: list[str]) -> Probe:
         more = preflight.advice(config, tasks, held_out, renderer.ignored_generation_settings)
         advice.extend(line for line in more if line not in advice)
 
-    return probe(config, asked.probe, check)
+    def say(line: str) -> None:
+        print(f"probe: {line}", file=sys.stderr, flush=True)
 
-
-def _probed(found: Probe) -> dict[str, Any]:
-    return {
-        "tasks": found.tasks, "rollouts": found.rollouts, "silent": found.silent.to_json(),
-        "truncated": found.truncated.to_json(), "length": found.length.to_json(), "median_length": found.median,
-        "p95_length": found.p95, "prompt": found.prompt, "reward": found.reward.to_json(), "errors": found.errors,
-        "seconds": found.seconds,
-    }  # fmt: skip
+    return probe(config, asked.probe, check, say)
 
 
 def _place(asked: _Asked) -> dict[str, Any]:
@@ -450,14 +425,14 @@ _SLOW_REWARDS: Mapping[str, str] = {
 }
 
 
-def _unknown(config: Any, model: Any, made: Estimate | None, asked: _Asked) -> list[str]:
+def _unknown(config: Any, model: Any, made: Estimate | None, asked: _Asked, prompt: int) -> list[str]:
     """What stays open, in plain words."""
     found: list[str] = []
     if not asked.probe and made is not None:
-        found.append(
-            f"How long answers get and how many groups train: --probe N measures both. Prompts are taken as {made.step.prompt} "
-            "tokens."
-        )
+        found.append("How long answers get and how many groups train: --probe N measures both.")
+        if not prompt:
+            by = "its tokenizer is not on this machine" if asked.data else "--data measures them"
+            found.append(f"How long prompts are: {made.step.prompt} tokens is assumed; {by}.")
     if made is not None and made.seconds is None:
         why = (
             "4-bit weights"

@@ -1,13 +1,98 @@
-"""The text of ``retrain explain``: one record, for a terminal of 100 columns."""
+"""What ``retrain explain`` says of an estimate: parts of its record, and the record as text for 100 columns."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retrain.cards import Device
+    from retrain.estimate import Estimate, Interval
+    from retrain.training.probe import Probe
 
 _WIDTH = 100
 _INDENT = "  "
+_MB = 10**6
+_STANDARD_CONDITIONS = 5
+
+
+def device_record(device: Device) -> dict[str, Any]:
+    return {
+        "name": device.name, "kind": device.kind, "here": device.here, "bytes": device.bytes,
+        "flops_bf16": device.flops_bf16 or None, "flops_fp32": device.flops_fp32 or None,
+        "bandwidth": device.bandwidth or None, "note": device.note, "guessed": device.guessed,
+    }  # fmt: skip
+
+
+def memory_record(made: Estimate) -> dict[str, Any]:
+    memory = made.memory
+    return {
+        "kept": memory.kept, "sampling": memory.sampling, "learning": memory.learning, "peak": memory.peak,
+        "low": memory.low, "high": memory.high, "certain": memory.certain, "device": made.device.bytes,
+    }  # fmt: skip
+
+
+def time_record(config: Any, made: Estimate, *, measured: bool) -> dict[str, Any] | None:
+    step = made.step_seconds
+    if step is None or made.seconds is None:
+        return None
+    return {
+        "phases": {name: _ends(span) for name, span in made.seconds.items()},
+        "step": _ends(step),
+        "evaluation": made.evaluation and _ends(made.evaluation),
+        "evaluations": made.evaluations,
+        "run": _ends(made.run_seconds(config.training.max_steps)),
+        "lengths": "as the probe saw them" if measured else "from a fifth of max_tokens to all of it",
+    }
+
+
+def _ends(span: Interval | None) -> dict[str, float] | None:
+    return span and {
+        name: float(f"{end:.3g}")
+        for name, end in (("low", span.low), ("middle", span.middle), ("high", span.high))
+    }
+
+
+def disk_record(config: Any, made: Estimate | None) -> dict[str, Any] | None:
+    if made is None:
+        return None
+    every, steps, keep = (
+        config.training.save_every,
+        config.training.max_steps,
+        config.training.keep_checkpoints,
+    )
+    count = min(keep, max(1, -(-steps // every)) if every else 1)
+    # Measured on runs of both model sizes of benches/estimate.py.
+    rollouts = 10 * steps * made.step.sampled if config.logging.rollouts else 0
+    if config.logging.rollouts_mb:
+        rollouts = min(rollouts, config.logging.rollouts_mb * _MB)
+    return {
+        "checkpoint": 12 * made.trainable, "checkpoints_kept": count, "adapter": 4 * made.trainable,
+        "rollouts_at_most": rollouts,
+    }  # fmt: skip
+
+
+def campaign_record(config: Any, made: Estimate | None) -> dict[str, Any] | None:
+    campaign = config.campaign
+    if campaign is None:
+        return None
+    conditions = len(campaign.conditions) or _STANDARD_CONDITIONS
+    runs = conditions * len(campaign.seeds)
+    span = made and made.run_seconds(campaign.max_steps)
+    return {
+        "conditions": conditions, "seeds": len(campaign.seeds), "steps": campaign.max_steps, "runs": runs,
+        "one_after_the_other": _ends(span.times(runs)) if span else None,
+    }  # fmt: skip
+
+
+def probed_record(found: Probe) -> dict[str, Any]:
+    return {
+        "tasks": found.tasks, "rollouts": found.rollouts, "silent": found.silent.to_json(),
+        "truncated": found.truncated.to_json(), "length": found.length.to_json(), "median_length": found.median,
+        "p95_length": found.p95, "prompt": found.prompt, "reward": found.reward.to_json(), "errors": found.errors,
+        "seconds": found.seconds,
+    }  # fmt: skip
 
 
 def text(record: Mapping[str, Any]) -> str:
@@ -28,7 +113,10 @@ def seconds(value: float) -> str:
         return f"{value:.3g} s"
     if value < 7200:
         return f"{value / 60:.3g} min"
-    return f"{value / 3600:.3g} h" if value < 172_800 else f"{value / 86_400:.3g} days"
+    if value < 172_800:
+        return f"{value / 3600:.3g} h"
+    days = value / 86_400
+    return f"{days:.3g} days" if days < 730 else f"{days / 365.25:,.{0 if days > 36_525 else 1}f} years"
 
 
 def size(value: float) -> str:
@@ -43,8 +131,9 @@ def size(value: float) -> str:
     return f"{value:,.0f} B"
 
 
-def _span(ends: Mapping[str, float]) -> str:
-    return f"{seconds(ends['low'])} to {seconds(ends['high'])}"
+def _span(ends: Mapping[str, float], *, middle: bool = False) -> str:
+    between = f", middle {seconds(ends['middle'])}" if middle else ""
+    return f"{seconds(ends['low'])} to {seconds(ends['high'])}{between}"
 
 
 def _wrapped(line: str, first: str = _INDENT, then: str = _INDENT) -> list[str]:
@@ -96,6 +185,9 @@ def _step(record: Mapping[str, Any]) -> list[str]:
         ),
         f"{_INDENT}tokens       at most {step['sampled_tokens_at_most']:,} sampled ({step['max_tokens']:,} an answer)",
     ]
+    if "prompt_tokens" in step:
+        words = {"data": "the longest, measured", "probe": "on average, measured", "assumed": "assumed, not measured"}
+        lines.append(f"{_INDENT}prompts      {step['prompt_tokens']:,} tokens ({words[step['prompt_from']]})")
     if "rows_at_once" in step:
         lines.append(f"{_INDENT}sampling     at most {step['rows_at_once']:,} answers at once")
         again = ", activations computed twice" if step["checkpointing"] else ""
@@ -144,8 +236,12 @@ def _memory(record: Mapping[str, Any]) -> list[str]:
     )
     fits = record["fits"]["verdict"]
     words = {
-        "yes": "yes", "perhaps": "most likely; see below", "not at its longest": "not with answers that long; see below",
+        "yes": "yes" + (" (the CPU: no GPU was found)" if device["guessed"] else ""),
+        "perhaps": "most likely; see below",
+        "not at its longest": "only while answers stay shorter than their longest; see below",
         "cannot": f"no: weights, adapter and optimizer alone need {size(memory['certain'])}",
+        "too long": "no: prompts and answers exceed the model's positions",
+        "unknown": "not known: no GPU was found here, and the CPU is too small",
     }  # fmt: skip
     lines.append(f"{_INDENT}{'fits':<22}{words[fits]}")
     return lines
@@ -158,19 +254,21 @@ def _time(record: Mapping[str, Any]) -> list[str]:
         speed = "measured now" if record["device"]["kind"] == "cpu" else record["device"]["note"]
         lines = [f"Time on {record['device']['name']} ({speed}), with answers {time['lengths']}"]
         lines += [f"{_INDENT}{name:<13}{_span(ends)}" for name, ends in time["phases"].items()]
-        lines.append(f"{_INDENT}{'a step':<13}{_span(time['step'])}")
+        lines.append(f"{_INDENT}{'a step':<13}{_span(time['step'], middle=True)}")
         if time["evaluations"]:
             lines.append(
                 f"{_INDENT}{'evaluation':<13}{_span(time['evaluation'])}, {time['evaluations']} times"
             )
         lines.append(
-            f"{_INDENT}{'the run':<13}{_span(time['run'])} for {_count(record['step']['steps'], 'step')}"
+            f"{_INDENT}{'the run':<13}{_span(time['run'])} for {_count(record['step']['steps'], 'step')}, "
+            f"middle {seconds(time['run']['middle'])}"
         )
+        lines.append(f"{_INDENT}{'':<13}(middle: the geometric mean of the two ends, no forecast)")
     if campaign:
         total = campaign["one_after_the_other"]
         lines.append(
             f"{_INDENT}{'campaign':<13}{campaign['conditions']} conditions x {campaign['seeds']} seeds = {campaign['runs']} runs "
-            f"of {campaign['steps']:,} steps" + (f": {_span(total)} one after the other" if total else "")
+            f"of {campaign['steps']:,} steps" + (f": {_span(total, middle=True)}, one after the other" if total else "")
         )
     if disk:
         kept = f"{_count(disk['checkpoints_kept'], 'checkpoint')} of {size(disk['checkpoint'])}, adapter {size(disk['adapter'])}"
@@ -184,18 +282,21 @@ def _probe(record: Mapping[str, Any]) -> list[str]:
     if not probe:
         return []
 
-    def share(name: str) -> str:
+    def spread(name: str, form: str) -> str:
         r = probe[name]
-        return f"{r['value']:.0%}, 95 % interval {r['low']:.0%} to {r['high']:.0%}"
+        if r["low"] is None:
+            return f"{r['value']:{form}} (one task: no interval)"
+        low = r["low"] if name == "reward" else max(0.0, r["low"])
+        mean = " on average" if name == "length" else ""
+        return f"{r['value']:{form}}{mean}, 95 % interval {low:{form}} to {r['high']:{form}}"
 
-    length, reward = probe["length"], probe["reward"]
     lines = [
         f"Sampled now: {_count(probe['tasks'], 'task')}, {probe['rollouts']:,} answers, in {seconds(probe['seconds'])}",
-        f"{_INDENT}groups without signal  {share('silent')}",
-        f"{_INDENT}answers cut            {share('truncated')}",
-        f"{_INDENT}tokens an answer       {length['value']:.0f} on average, 95 % interval {max(0.0, length['low']):.0f} to "
-        f"{length['high']:.0f}; median {probe['median_length']:.0f}, 95th percentile {probe['p95_length']:.0f}",
-        f"{_INDENT}reward                 {reward['value']:.3f}, 95 % interval {reward['low']:.3f} to {reward['high']:.3f}",
+        f"{_INDENT}groups without signal  {spread('silent', '.0%')}",
+        f"{_INDENT}answers cut            {spread('truncated', '.0%')}",
+        f"{_INDENT}tokens an answer       {spread('length', '.0f')}; "
+        f"median {probe['median_length']:.0f}, 95th percentile {probe['p95_length']:.0f}",
+        f"{_INDENT}reward                 {spread('reward', '.3f')}",
         f"{_INDENT}tokens a prompt        {probe['prompt']:.0f}",
     ]
     if probe["errors"]:
