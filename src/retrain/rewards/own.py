@@ -64,7 +64,8 @@ class OwnReward:
             try:
                 close()
             except (Exception, SystemExit) as error:  # noqa: BLE001  whatever the user's code raises
-                log.warning("%s This was while it was closed, and changes no result.", plugins.raised("reward", self._name, error))
+                why = plugins.raised("reward", self._name, error)
+                log.warning("%s This was while it was closed, and changes no result.", why)
 
 
 def make_reward(name: str, config: Config, renderer: Renderer) -> Reward:
