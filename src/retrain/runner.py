@@ -7,12 +7,14 @@ import contextlib
 import errno
 import json
 import logging
+import os
+import platform
 import secrets
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,6 +25,7 @@ from retrain.config.schema import Config
 from retrain.errors import ConfigError, RetrainError, RunError
 from retrain.sinks import ConsoleHandler
 from retrain.tracking import layout
+from retrain.tracking.heartbeat import Pulse
 from retrain.tracking.run_log import write_atomically
 from retrain.training.build import build
 from retrain.training.loop import Parts, train
@@ -69,21 +72,25 @@ def execute(
     config = loaded.config
     stop = stop or threading.Event()
     place = preflight.choose_directory(config, overwrite=overwrite, fork=fork)
-    preflight.check_writable(place.directory, "logging.log_dir")
-    # Made absolute, so that the recorded configuration finds the same plug-ins from any folder.
-    config = preflight.anchored(config, loaded.path)
-    config = _with(config, "plugins", search_paths=tuple(str(p.resolve()) for p in loaded.search_paths))
-    plugins.add_search_paths(loaded.search_paths)
-    preflight.check_plugins(config)
-    if config.backend.adapter_path:
-        preflight.check_writable(Path(config.backend.adapter_path), "backend.adapter_path")
-    with _locked(place.directory), _logging(place.directory, debug=debug, resuming=place.how == "resume"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_trace(place.directory))
+        preflight.check_writable(place.directory, "logging.log_dir")
+        # Made absolute, so that the recorded configuration finds the same plug-ins from any folder.
+        config = preflight.anchored(config, loaded.path)
+        config = _with(config, "plugins", search_paths=tuple(str(p.resolve()) for p in loaded.search_paths))
+        plugins.add_search_paths(loaded.search_paths)
+        preflight.check_plugins(config)
+        if config.backend.adapter_path:
+            preflight.check_writable(Path(config.backend.adapter_path), "backend.adapter_path")
+        stack.enter_context(_locked(place.directory))
+        stack.enter_context(_logging(place.directory, debug=debug, resuming=place.how == "resume"))
+        begun = stack.enter_context(_starting(place.directory, config.training.max_steps))
         if place.note:
             log.info(place.note)
         for line in loaded.announcements:
             log.info(line)
         config = _with(config, "logging", log_dir=str(place.directory))
-        return _run(config, place, origins=origins_of(loaded), plain=plain, stop=stop)
+        return _run(config, place, origins=origins_of(loaded), plain=plain, stop=stop, begun=begun)
 
 
 def origins_of(loaded: LoadedConfig) -> dict[str, str]:
@@ -105,7 +112,13 @@ def _origins_before(directory: Path) -> dict[str, str] | None:
 
 
 def _run(
-    config: Config, place: preflight.Place, *, origins: Mapping[str, str], plain: bool, stop: threading.Event
+    config: Config,
+    place: preflight.Place,
+    *,
+    origins: Mapping[str, str],
+    plain: bool,
+    stop: threading.Event,
+    begun: Callable[[], None],
 ) -> RunResult:
     directory = place.directory
     start = 0
@@ -133,6 +146,7 @@ def _run(
         if before is not None:
             start = _restore(config, parts)
         write_atomically(directory / layout.CONFIG, dump_toml(_with(config, "resume", from_="")))
+        begun()
         parts.log.begin(
             {
                 "facts": parts.facts,
@@ -208,6 +222,57 @@ def _save_adapter(config: Config, directory: Path, parts: Parts) -> None:
 
 def _with(config: Config, section: str, **values: Any) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+@contextmanager
+def _without_trace(directory: Path) -> Generator[None]:
+    """Remove a directory that this run made where it is refused before it has begun."""
+    is_new = not directory.exists()
+    try:
+        yield
+    except RetrainError as error:
+        if is_new and error.exit_code == 2:
+            with contextlib.suppress(OSError):
+                if {path.name for path in directory.iterdir()} <= {layout.LOCK, layout.EVENTS}:
+                    for path in list(directory.iterdir()):
+                        path.unlink()
+                    directory.rmdir()
+        raise
+
+
+@contextmanager
+def _starting(directory: Path, max_steps: int) -> Generator[Callable[[], None]]:
+    """Beat while the run loads; it calls what this yields when its own heart begins. A start that comes to nothing
+    leaves the file as it was."""
+    path = directory / layout.HEARTBEAT
+    before = path.read_bytes() if path.is_file() else None
+    pulse = Pulse(path, memory=dict)
+    has_begun = False
+
+    def begun() -> None:
+        nonlocal has_begun
+        has_begun = True
+        pulse.stop()
+
+    pulse.start(
+        {
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "started": time.time(),
+            "max_steps": max_steps,
+            "starting": True,
+        }
+    )
+    try:
+        yield begun
+    finally:
+        if not has_begun:
+            pulse.stop()
+            with contextlib.suppress(OSError):
+                if before is not None and (directory / layout.RUN).exists():
+                    path.write_bytes(before)
+                else:
+                    path.unlink()
 
 
 @contextmanager

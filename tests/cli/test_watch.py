@@ -69,6 +69,8 @@ def fabricate(tmp_path, monkeypatch):
         (folder / layout.METRICS).write_text(
             "".join(json.dumps(r) + "\n" for r in rows) + '{"step": 99, "torn'
         )
+        if steps:
+            (folder / layout.CHECKPOINTS / layout.checkpoint_name(steps)).mkdir(parents=True)
         facts = {
             "max_steps": total, "host": host, "started": started, "step": steps, "status": status, "pid": 1,
             "heartbeat": NOW - age,
@@ -184,6 +186,74 @@ def test_a_heartbeat_of_an_earlier_start_says_nothing(fabricate, capfd):
     main(["status", "--json"])
     (run,) = json.loads(capfd.readouterr().out)["runs"]
     assert (run["state"], run["phase"]) == ("running", None)
+
+
+@pytest.mark.parametrize(
+    ("status", "steps", "said"),
+    [
+        ("failed", 0, "and no checkpoint is there; fix the cause, then start it again."),
+        ("failed", 3, "then start it again with --overwrite."),
+        ("interrupted", 3, "no checkpoint is there; start it again with --overwrite."),
+        ("running", 3, "its process is gone, and no checkpoint is there; start it again with --overwrite."),
+    ],
+)
+def test_a_run_without_a_checkpoint_is_not_told_to_resume(fabricate, capsys, status, steps, said):
+    folder = fabricate("a", status, steps)
+    for name in (folder / layout.CHECKPOINTS).glob("*"):
+        name.rmdir()
+    for words in (["status"], ["status", "logs/a"]):
+        main(words)
+        shown = capsys.readouterr().out
+        assert said in shown
+        assert "--resume" not in shown
+
+
+def test_the_time_is_that_of_all_starts(fabricate, capsys):
+    folder = fabricate("a", "done", 40)
+    facts = json.loads((folder / layout.RUN).read_text())
+    (folder / layout.RUN).write_text(json.dumps(facts | {"started": NOW - 1, "spent_s": 7260.0}))
+    main(["status"])
+    assert "2 h 01 min" in capsys.readouterr().out
+    main(["status", "logs/a"])
+    assert "took        2 h 01 min" in capsys.readouterr().out
+
+
+def test_a_best_checkpoint_below_the_start_is_said_to_be(fabricate, capfd):
+    folder = fabricate("a", "done", 20)
+    rows = [evaluated(0, 0.25), *(row(s) for s in range(20)), evaluated(20, 0.06)]
+    (folder / layout.METRICS).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / layout.TRAINER_STATE).write_text(json.dumps({"best": {"checkpoint": "step_000020"}}))
+    main(["status", "logs/a"])
+    shown = capfd.readouterr().out
+    assert "best step_000020, at 6.0% below the 25.0% before the first step" in shown
+    assert "! held-out accuracy" in shown
+    main(["status", "logs/a", "--json"])
+    assert json.loads(capfd.readouterr().out)["runs"][0]["best_note"].startswith("at 6.0% below")
+
+
+def test_a_start_is_seen_before_it_is_a_run_and_over_the_run_that_it_goes_on_with(fabricate, capfd):
+    starting = {"pid": 7, "started": NOW - 2, "starting": True, "phase": "starting", "max_steps": 60, "done": None, "asked": None}
+    new = fabricate("new", "done", 0, lives=True, beat={**starting, "step": 0})
+    for name in (layout.RUN, layout.METRICS):
+        (new / name).unlink()
+    gone = fabricate("gone", "done", 0, beat={**starting, "step": 0})
+    for name in (layout.RUN, layout.METRICS):
+        (gone / name).unlink()
+    fabricate("resumed", "running", 12, lives=True, beat=starting, age=1)
+    fabricate("given-up", "failed", 12, beat=starting)
+    assert not layout.holds_run(new)
+    main(["status", "--json"])
+    runs = {Path(r["path"]).name: r for r in json.loads(capfd.readouterr().out)["runs"]}
+    told = {name: (r["state"], r["phase"], r["step"], r["total"]) for name, r in runs.items()}
+    assert told == {
+        "new": ("running", "starting", 0, 60),
+        "resumed": ("running", "starting", 12, 60),
+        "given-up": ("failed", None, 12, 40),
+    }
+    main(["top", "logs/new"])
+    assert "starting" in capfd.readouterr().out
+    main(["status", "logs/new"])
+    assert "process 7" in capfd.readouterr().out
 
 
 def test_folders_without_runs_and_wrong_words(fabricate, capsys, tmp_path):

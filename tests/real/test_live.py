@@ -20,8 +20,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from retrain import live
-from retrain.tracking import read
+from retrain import live, runner
+from retrain.config.load import Override, load
+from retrain.errors import ModelError
+from retrain.tracking import layout, read
 from retrain.tracking.read import RunRecord
 
 CONFIG = """
@@ -278,7 +280,53 @@ def test_slow_stopped_hanging_and_killed_are_told_apart(start, tmp_path, monkeyp
         text=True,
         check=True,
     )
-    assert "run is dead: its process is gone; retrain --resume run goes on" in done.stdout
+    assert "its process is gone, and no checkpoint is there; start it again with --overwrite" in done.stdout
+
+
+def test_a_run_is_seen_while_it_loads_and_one_that_is_refused_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.toml").write_text(CONFIG.replace("max_steps = 4", "max_steps = 1"))
+    make, seen, refuse = runner.build, [], []
+
+    @contextlib.contextmanager
+    def watched(config, directory, **more):
+        (found,) = read.find_runs(tmp_path)
+        seen.append((found.state, found.beat["phase"], found.facts["max_steps"], layout.holds_run(directory)))
+        if refuse:
+            raise ModelError("no such model.", fix="write another.")
+        with make(config, directory, **more) as parts:
+            yield parts
+
+    monkeypatch.setattr(runner, "build", watched)
+
+    def execute(**changes):
+        return runner.execute(load("c.toml", [Override.of(k, v) for k, v in changes.items()]), plain=True)
+
+    refuse.append(True)
+    with pytest.raises(ModelError):
+        execute()
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ModelError):
+        execute()
+    # A folder that was there stays, and blocks no second try.
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {layout.LOCK, layout.EVENTS}
+    refuse.clear()
+    execute()
+    assert seen == [("running", "starting", 1, False)] * 3
+    first = RunRecord(tmp_path / "run")
+    assert (first.state, first.beat["phase"]) == ("done", "saving")
+    steps_s = sum(r.get("step_time_s", 0) + r.get("eval/time_s", 0) for r in first.rows)
+    assert first.facts["spent_s"] == pytest.approx(steps_s, abs=0.01)
+    refuse.append(True)
+    resume = {"resume.from": str(tmp_path / "run")}
+    with pytest.raises(ModelError):
+        execute(**resume)
+    assert seen[-1] == ("running", "starting", 1, True)
+    assert RunRecord(tmp_path / "run").beat == first.beat
+    refuse.clear()
+    execute(**resume)
+    assert RunRecord(tmp_path / "run").facts["spent_s"] == pytest.approx(steps_s, abs=0.01)
 
 
 def test_every_key_that_a_run_writes_is_on_the_page(start, tmp_path):

@@ -117,8 +117,10 @@ def _single(paths: Sequence[str]) -> RunRecord | None:
     from retrain.tracking import layout
     from retrain.tracking.read import RunRecord
 
-    one = len(paths) == 1 and os.path.isdir(paths[0]) and layout.holds_run(Path(paths[0]))
-    return RunRecord(Path(paths[0])) if one else None
+    if len(paths) != 1 or not os.path.isdir(paths[0]):
+        return None
+    run = RunRecord(Path(paths[0]))
+    return run if layout.holds_run(run.path) or run.is_starting else None
 
 
 def _document(paths: Sequence[str], *, going: bool = False) -> str:
@@ -279,8 +281,9 @@ def detail_text(run: Summary, more: Detail, record: RunRecord) -> str:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(started))
         facts.append(("started", f"{when}{f' on {host}' if host else ''}, process {pid}"))
     if run.updated is not None:
-        lasted = f", {duration(run.lasted_s)} after its start" if run.lasted_s is not None else ""
-        facts.append(("updated", f"{duration(max(0.0, now - run.updated))} ago{lasted}"))
+        facts.append(("updated", f"{duration(max(0.0, now - run.updated))} ago"))
+    if run.lasted_s:
+        facts.append(("took", f"{duration(run.lasted_s)} so far" if run.phase else duration(run.lasted_s)))
     split = {
         "sampling": run.sampling_share, "waiting for rewards": run.scoring_share, "learning": run.learning_share,
     }  # fmt: skip
@@ -294,7 +297,7 @@ def detail_text(run: Summary, more: Detail, record: RunRecord) -> str:
         facts.append(("tokens", f"{run.tokens:,} sampled"))
     facts += [("evaluation" if i == 0 else "", _evaluated(e)) for i, e in enumerate(more.evaluations[-3:])]
     if more.checkpoints:
-        best = f"; best {more.best}" if more.best else ""
+        best = f"; best {more.best}{more.best_note}" if more.best else ""
         facts.append(("checkpoints", ", ".join(more.checkpoints) + best))
     lines = [f"{run.path}: {_painted(run.state)}", *([f"  {run.todo}."] if run.todo else []), ""]
     lines += [f"  {name:<12}{value}" for name, value in facts]

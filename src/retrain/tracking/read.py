@@ -55,23 +55,33 @@ class RunRecord:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """run.json; empty where there is none."""
-        try:
-            found = json.loads((self.path / layout.RUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+        """run.json; empty where there is none. While a start loads its model, what its heartbeat says instead of what
+        an earlier start has left there."""
+        facts = _record(self.path / layout.RUN)
+        if not self.is_starting:
+            return facts
+        now = {key: self._pulse.get(key) for key in ("pid", "host", "started", "max_steps")}
+        return {**facts, **now, "status": "running", "heartbeat": self._pulse.get("time")}
+
+    @cached_property
+    def _pulse(self) -> dict[str, Any]:
+        return _record(self.path / layout.HEARTBEAT)
+
+    @cached_property
+    def is_starting(self) -> bool:
+        """Does a process load what it needs to begin this run, or to go on with it? ``run.json`` is not its own yet."""
+        pulse, host = self._pulse, platform.node()
+        said = pulse.get("time")
+        if pulse.get("starting") is not True or not isinstance(said, int | float):
+            return False
+        if pulse.get("host", host) == host:
+            return is_locked(self.path / layout.LOCK) is not False
+        return time.time() - said < SILENT_ELSEWHERE_S
 
     @cached_property
     def beat(self) -> dict[str, Any]:
         """The last heartbeat of this start: see ``heartbeat.Pulse.look``; empty where there is none."""
-        try:
-            found = json.loads((self.path / layout.HEARTBEAT).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        if not isinstance(found, dict):
-            return {}
-        beat = cast("dict[str, Any]", found)
+        beat = self._pulse
         # What an earlier start has left says nothing about this one.
         same = all(beat.get(key) == self.facts.get(key) for key in ("pid", "started"))
         return beat if same else {}
@@ -184,8 +194,9 @@ def find_runs(root: str | os.PathLike[str]) -> list[RunRecord]:
     found: list[RunRecord] = []
 
     def look(directory: Path, depth: int) -> None:
-        if layout.holds_run(directory):
-            found.append(RunRecord(directory))
+        run = RunRecord(directory)
+        if layout.holds_run(directory) or run.is_starting:
+            found.append(run)
             return
         if depth == 0:
             return
@@ -200,6 +211,14 @@ def find_runs(root: str | os.PathLike[str]) -> list[RunRecord]:
 
     look(Path(root), _DEPTH)
     return found
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -21,7 +21,7 @@ from retrain.errors import ResumeError
 from retrain.protocols import Renderer, Sink, State
 from retrain.tracking import layout, rollouts
 from retrain.tracking.heartbeat import Phase, Pulse, alarm_record
-from retrain.tracking.vitals import Watch, is_evaluation
+from retrain.tracking.vitals import Watch, is_evaluation, number
 from retrain.types import CreditedGroup, FloatArray, Rollout, Score
 
 log = logging.getLogger("retrain")
@@ -92,6 +92,7 @@ class RunLog:
         self._pulse = Pulse(directory / layout.HEARTBEAT, memory=self._device_memory)
         self._watch = Watch()
         self._alarms = 0
+        self._spent_s = 0.0
         self.latest: dict[str, Any] = {}
         """The newest value of every metric of this start."""
 
@@ -107,7 +108,8 @@ class RunLog:
         """Replace run.json: status, process id, heartbeat (seconds since the epoch), completed steps."""
         if step is not None:
             self._facts["step"] = step
-        facts = {**self._facts, "status": status, "pid": os.getpid(), "heartbeat": time.time()}
+        here = {"pid": os.getpid(), "heartbeat": time.time(), "spent_s": round(self._spent_s, 3)}
+        facts = {**self._facts, "status": status, **here}
         write_atomically(self.directory / layout.RUN, json.dumps(facts, indent=2) + "\n", durable=False)
         if status != "running":
             self._pulse.stop()
@@ -145,6 +147,7 @@ class RunLog:
             self._tell("generations", step, shown)
         self._to_sinks(step, metrics)
         self._raise_alarms(step, metrics)
+        self._spent_s += _seconds(metrics)
         self.status("running", step=step + 1)
 
     def _raise_alarms(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -162,6 +165,7 @@ class RunLog:
         """Record one evaluation after ``step`` completed steps."""
         self.phase("saving")
         self._append(layout.METRICS, {"step": step, **metrics})
+        self._spent_s += _seconds(metrics)
         self._pulse.note(evaluation=_shown_evaluation(step, metrics))
         self._to_sinks(step, metrics)
         self._raise_alarms(step, metrics)
@@ -267,6 +271,7 @@ class RunLog:
         for row in _rows(self.directory / layout.METRICS):
             raised = self._watch.observe(row)
             self._alarms += len(raised)
+            self._spent_s += _seconds(row)
             if raised:
                 self._pulse.note(alarm=alarm_record(raised[-1]))
             if is_evaluation(row):
@@ -307,6 +312,11 @@ class RunLog:
             except (Exception, SystemExit) as error:  # noqa: BLE001 - as in _to_sinks
                 log.warning("%s failed to close: %s", type(sink).__name__, error)
         self._sinks = []
+
+
+def _seconds(row: Mapping[str, Any]) -> float:
+    """What a step or an evaluation took."""
+    return number(row, "eval/time_s" if is_evaluation(row) else "step_time_s") or 0.0
 
 
 def _shown_evaluation(step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:

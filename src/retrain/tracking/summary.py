@@ -32,7 +32,8 @@ class Summary:
     """One run. What is unknown is None; shares in [0, 1], times in seconds, ``updated`` in seconds since 1970.
 
     ``reward``, ``correct`` and ``tokens_per_second`` are means over the last ``RECENT`` steps. ``left_s`` is there while
-    the run goes on, ``lasted_s`` counts from its (last) start to its last sign of life. ``todo`` says what to do.
+    the run goes on, ``lasted_s`` is the time in steps and evaluations over all starts (where a run does not record it, from
+    its last start to its last sign of life). ``todo`` says what to do.
     """
 
     path: str
@@ -79,6 +80,8 @@ def summarize(run: RunRecord) -> Summary:
     signs = [t for t in (beat.get("time"), facts.get("heartbeat")) if isinstance(t, int | float)]
     updated = max(signs) if signs else None
     started = facts.get("started")
+    lasted = max(0.0, updated - started) if updated and isinstance(started, int | float) else None
+    spent = facts.get("spent_s")
     since = beat.get("phase_since")
     split = time_split(steps)
     return Summary(
@@ -102,7 +105,7 @@ def summarize(run: RunRecord) -> Summary:
         tokens=_whole(beat.get("tokens")),
         memory=beat.get("memory") or {},
         left_s=time_left(rows, total - step) if going and total is not None else None,
-        lasted_s=max(0.0, updated - started) if updated and isinstance(started, int | float) else None,
+        lasted_s=float(spent) if isinstance(spent, int | float) else lasted,
         alarms=int(beat.get("alarms") or 0) + len(raised),
         alarm=beat.get("alarm") or (asdict(raised[-1]) if raised else None),
         updated=updated,
@@ -115,6 +118,13 @@ def _whole(value: object) -> int | None:
 
 def _todo(run: RunRecord, state: State) -> str:
     """What a reader can do about a run that does not go on by itself."""
+    again = _again(run) if state in ("dead", "interrupted", "failed") else ""
+    if state == "dead" and again:
+        return f"its process is gone, and no checkpoint is there; {again}"
+    if state == "interrupted" and again:
+        return f"no checkpoint is there; {again}"
+    if state == "failed" and again:
+        return f"{run.path / 'events.log'} says why, and no checkpoint is there; fix the cause, then {again}"
     if state == "dead":
         return f"its process is gone; retrain --resume {run.path} goes on from the newest checkpoint"
     if state == "interrupted":
@@ -132,6 +142,15 @@ def _todo(run: RunRecord, state: State) -> str:
             f"{duration(run.patience_s)}; stop process {pid} and resume, or wait for training.phase_timeout_s"
         )
     return ""
+
+
+def _again(run: RunRecord) -> str:
+    """How to start a run anew that cannot be resumed, having no checkpoint; "" for one that has."""
+    if _names(run.path / layout.CHECKPOINTS):
+        return ""
+    # What failed in its first step is replaced without asking.
+    nothing = run.facts.get("status") == "failed" and run.facts.get("step") == 0
+    return "start it again" if nothing else "start it again with --overwrite"
 
 
 def recent(steps: Sequence[Row], key: str) -> float | None:
@@ -242,6 +261,8 @@ class Detail:
     evaluations: tuple[Mapping[str, Any], ...]
     checkpoints: tuple[str, ...]
     best: str | None
+    best_note: str = ""
+    """What a reader must know of it."""
 
     def record(self) -> dict[str, Any]:
         """As JSON, the readings without their curves."""
@@ -257,6 +278,7 @@ class Detail:
             "evaluations": list(self.evaluations),
             "checkpoints": list(self.checkpoints),
             "best_checkpoint": self.best,
+            "best_note": self.best_note.removeprefix(", ") or None,
         }  # fmt: skip
 
 
@@ -286,7 +308,16 @@ def examine(run: RunRecord) -> Detail:
     with suppress(OSError, ValueError, KeyError, TypeError):
         state: Any = json.loads((run.path / layout.TRAINER_STATE).read_text(encoding="utf-8"))
         best = str(state["best"]["checkpoint"])
-    return Detail(tuple(readings), tuple(raised), evaluations, names, best)
+    return Detail(tuple(readings), tuple(raised), evaluations, names, best, _below_start(evaluations, best))
+
+
+def _below_start(evaluations: Sequence[Mapping[str, Any]], best: str | None) -> str:
+    """Whether the model before its first step was better than the best checkpoint, in words."""
+    accuracies = {row["step"]: row["accuracy"] for row in evaluations if row.get("accuracy") is not None}
+    start, step = accuracies.get(0), layout.checkpoint_step(best or "")
+    if start is None or not step or (kept := accuracies.get(step)) is None or kept >= start:
+        return ""
+    return f", at {kept:.1%} below the {start:.1%} before the first step"
 
 
 def _names(folder: Path) -> tuple[str, ...]:
