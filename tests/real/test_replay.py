@@ -20,6 +20,7 @@ from retrain.algorithms import credit
 from retrain.cli.main import main
 from retrain.config.load import load
 from retrain.errors import UsageError
+from retrain.preflight import inexact_because
 from retrain.renderer import load_renderer
 from retrain.replay.credit import settings
 from retrain.replay.words import Words
@@ -134,6 +135,23 @@ def test_the_runs_own_credit_and_gradients_come_back(place: Path, said: Callable
     assert {g["step"]: g["hash"] for g in record["gradients"]} == {s: h for s, h in hashes.items() if h}
     assert set(hashes) == {0, 1, 2, 3}
     assert hashes[0] != hashes[2]
+
+
+def test_gradients_come_back_whatever_save_every_is_now(
+    place: Path, said: Callable[..., str], tmp_path: Path
+) -> None:
+    """A resume may have changed it: then the configuration does not say which steps were hashed."""
+    run = tmp_path / "run"
+    shutil.copytree(place / "first", run)
+    path = run / "config.toml"
+    assert "save_every = 2" in path.read_text()
+    path.write_text(path.read_text().replace("save_every = 2", "save_every = 3"))
+    record = json.loads(said("replay", str(run), "--learner", "--json"))
+    assert [(g["step"], g["outcome"]) for g in record["gradients"]] == [(0, "reproduced"), (2, "reproduced")]
+    shutil.rmtree(run / "checkpoints/step_000002")
+    record = json.loads(said("replay", str(run), "--learner", "--steps", "1..", "--json"))
+    assert [(g["step"], g["outcome"]) for g in record["gradients"]] == [(2, "its checkpoint is not kept")]
+    assert "has a recorded hash" in said("replay", str(run), "--learner", "--steps", "3")
 
 
 def test_other_weights_or_another_record_do_not_pass(
@@ -258,6 +276,48 @@ def test_other_planning_phrases_are_found_without_transformers(place: Path, said
     assert record["total"]["other_planning"] != own["total"]["other_planning"]
 
 
+def test_each_side_is_split_by_its_own_planning_marks(place: Path, said: Callable[..., str]) -> None:
+    other = {"transform_mode": "gtpo_hicra", "alpha": "5", "strategic_grams": '["ones", "tens"]'}
+    words = [w for key, value in other.items() for w in (f"--{key.replace('_', '-')}", value)]
+    record = json.loads(said("replay", "first", *words, "--json"))
+    own, renderer = load(place / "first/config.toml").config, load_renderer("retrain/tiny")
+    changes = {"algorithm.transform_mode": "gtpo_hicra", "hicra.alpha": 5.0}
+    now = load(place / "first.toml", changes | {"logging.strategic_grams": other["strategic_grams"]}).config
+    algorithm = credit.build(now, renderer)
+    sums, counts, moved = [0.0, 0.0], [0, 0], set[bool]()
+    for row in record["steps"]:
+        stored, a_P = credited(place / "first", own, row["step"], renderer.decode)
+        for a, b in zip(a_P, credit.credit_step(stored.groups_P, algorithm, 0.0), strict=True):
+            for i, rollout in enumerate(a.scored.rollouts_G if not a.skipped else ()):
+                marks_T = b.planning_G_T[i][rollout.sampled_T]
+                moved |= {*(marks_T > a.planning_G_T[i][rollout.sampled_T]).tolist()}
+                for k, m in enumerate((marks_T, ~marks_T)):
+                    sums[k] += float(np.abs(b.advantages_G_T[i][rollout.sampled_T][m]).sum())
+                    counts[k] += int(m.sum())
+    assert True in moved  # planning on the other side only
+    total = record["total"]
+    assert total["other_planning"] == pytest.approx(sums[0] / counts[0])
+    assert total["other_execution"] == pytest.approx(sums[1] / counts[1])
+    assert any(d["other_planning"] and not d["own_planning"] for d in record["largest"])
+    assert ", execution > planning" in said("replay", "first", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        (["--hicra-alpha", "0.9"], "hicra.alpha does nothing with algorithm.transform_mode"),
+        (["--transform-mode", "none", "--beta", "0.9"], "gtpo.beta does nothing with algorithm.transform_mode"),
+        (["--learner", "--steps", "0", "--alpha", "0.9"], "hicra.alpha does nothing with algorithm.transform_mode"),
+    ],
+)
+def test_flags_that_do_nothing_are_announced(said: Callable[..., str], words: list[str], note: str) -> None:
+    notes = [line for line in said("replay", "first", *words).splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert note in notes[0]
+    assert notes[0].removeprefix("note: ").startswith(words[-2] + ": ")
+    assert "note: " not in said("replay", "first", "--beta", "0.9")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -351,6 +411,98 @@ def test_accuracies_on_different_tasks_are_not_compared(
     assert record["results"]["evaluations"][0]["difference"] is None
     assert any("different tasks" in note for note in record["notes"])
     assert [f["what"] for f in record["facts"] if f["about"] == "data"] == ["evaluation tasks"]
+
+
+def test_accuracies_are_compared_after_the_same_number_of_steps(
+    place: Path, said: Callable[..., str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "other", run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first, last = (r for r in rows if "eval/accuracy" in r)
+    assert (first["step"], last["step"]) == (0, 4)
+    rows.remove(last)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    record = json.loads(said("diff", "first", str(run), "--json"))
+    (entry,) = record["results"]["evaluations"]
+    assert [entry[s]["step"] for s in "ab"] == [4, 0]
+    assert [entry["common"][s]["step"] for s in "ab"] == [0, 0]
+    assert entry["difference"]["value"] == 0.0  # nothing was trained yet
+    text = said("diff", "first", str(run))
+    assert "B - A after 0 steps: +0.0 points" in text
+    assert "last evaluated after 4 and 0 steps: compared are those after 0" in text
+    first["step"] = 3
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    record = json.loads(said("diff", "first", str(run), "--json"))
+    (entry,) = record["results"]["evaluations"]
+    assert (entry["common"], entry["difference"]) == (None, None)
+    assert any("no step is common" in note for note in record["notes"])
+
+
+def test_other_training_tasks_are_seen(tmp_path: Path, said: Callable[..., str]) -> None:
+    """Two runs of one path whose file was changed between them, and an older run, which did not record it."""
+    for name, answer in (("a", "7"), ("b", "8")):
+        (tmp_path / "tasks.jsonl").write_text(json.dumps({"question": "3+4", "answer": answer}) + "\n")
+        data = {"source": "jsonl", "path": str(tmp_path / "tasks.jsonl")}
+        path = write(tmp_path, name, data=data, training={"max_steps": 1, "batch_size": 1})
+        path.write_text(path.read_text().partition("[eval]")[0] + f'[logging]\nlog_dir = "{tmp_path / name}"\n')
+        execute(load(path), plain=True)
+    record = json.loads(said("diff", str(tmp_path / "a"), str(tmp_path / "b"), "--json"))
+    assert record["settings"] == []
+    assert [f["what"] for f in record["facts"] if f["about"] == "data"] == ["training tasks"]
+    facts = RunRecord.at(tmp_path / "a").facts["facts"]
+    older = {key: value for key, value in facts.items() if key != "train_tasks"}
+    assert inexact_because(load(tmp_path / "a/config.toml").config, older, facts, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("metrics.jsonl", lambda text: text + '{"step": "x"}\n', "a row has step = 'x'"),
+        ("metrics.jsonl", lambda text: text + "{}\n", "a row has step = None"),
+        ("metrics.jsonl", lambda text: text.replace('"correct_rate":', '"correct_rate": "x", "y":'), "correct_rate = 'x'"),
+        ("run.json", lambda text: '{"facts": 3}', "its facts are 3"),
+    ],
+)
+def test_damaged_files_are_named_in_a_line(
+    place: Path, said: Callable[..., str], tmp_path: Path, name: str, damage: Callable[[str], str], message: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "first", run)
+    (run / name).write_text(damage((run / name).read_text()))
+    for words in (["diff", "other", str(run)], ["diff", str(tmp_path), "other"], ["why", str(run), "last"], ["replay", str(run)]):
+        text = said(*words, status=2)
+        assert f"{run / name} is damaged: " in text
+        assert message in text
+        assert len(text.splitlines()) == 1
+
+
+def test_damage_in_what_why_could_do_without(place: Path, said: Callable[..., str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "first", run)
+    shutil.rmtree(run / "rollouts")
+    (run / "emergence/steps.jsonl").write_text('{"step": 1, "tasks": [{"task": 3}]}\n')
+    (run / "emergence/generations.jsonl").write_text('{"step": 1, "credit": {"advantages": [1.0]}}\n')
+    record = json.loads(said("why", str(run), "1", "--json"))
+    assert (record["groups"], record["tokens"]) == ([], [])
+    assert ["is damaged where it is about this step" in text for text in record["missing"]] == [True, True]
+
+
+def test_settings_that_a_plug_in_ignores_do_not_differ(
+    tmp_path: Path, said: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins/diffed_transform.py").write_text(
+        "def plain(group, advantages_G_T, context):\n    return advantages_G_T\n\n"
+        "def timed(group, advantages_G_T, context):\n    return advantages_G_T\n\ntimed.uses_sepa = True\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name, keys in (("plain", []), ("timed", ["sepa.steps"]), ("gone", ["sepa.steps"])):
+        for side, steps in (("a", 20), ("b", 30)):
+            algorithm = {"transform_mode": f"diffed_transform:{name}"}
+            write(tmp_path, f"{name}_{side}", algorithm=algorithm, sepa={"steps": steps})
+        record = json.loads(said("diff", f"{name}_a.toml", f"{name}_b.toml", "--json"))
+        assert [s["key"] for s in record["settings"]] == keys
 
 
 def test_files_and_folders_can_be_compared(place: Path, said: Callable[..., str]) -> None:

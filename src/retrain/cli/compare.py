@@ -75,10 +75,11 @@ def why(arguments: Sequence[str]) -> int:
     name, step = _positionals("why", rest, ("RUN", "STEP"), "retrain why logs/train 3")
     with streams.results(alone="--json" in own) as out, quiet_loading(), at_once_on_interrupt():
         from retrain.comparison.step import explain_step
+        from retrain.tracking.intact import intact
         from retrain.tracking.read import RunRecord
         from retrain.tracking.run_log import to_json
 
-        run = RunRecord.at(name)
+        run = intact(RunRecord.at(name))
         if step == "last":
             step = str(max((int(row["step"]) for row in run.steps), default=0))
         if not step.isdecimal():
@@ -97,16 +98,18 @@ def replay(arguments: Sequence[str]) -> int:
     with streams.results(alone="--json" in own) as out, quiet_loading(), at_once_on_interrupt():
         from retrain.config.options import parse
         from retrain.replay import credit
+        from retrain.tracking.intact import intact
         from retrain.tracking.read import RunRecord
         from retrain.tracking.run_log import to_json
 
         line = parse(rest, {"--alpha": "--hicra-alpha"}, positional="run")
         if line.config is None:
             raise UsageError("retrain replay needs a run.", fix="retrain replay logs/train, for example.")
-        run = RunRecord.at(line.config)
+        run = intact(RunRecord.at(line.config))
         before, now = credit.settings(run, line.overrides)
         steps = credit.steps_in(own.get("--steps", ""), run.path)
-        found = credit.replay(run, before, now.config, steps, progress=_progress)
+        said = credit.announced(now, line.overrides)
+        found = credit.replay(run, before, now.config, steps, announcements=said, progress=_progress)
         _clear()
         if "--learner" in own and found.changed:
             raise UsageError(
@@ -258,6 +261,8 @@ def _results(results: Mapping[str, Any]) -> list[str]:
             "accuracy" if entry["suite"] == "eval" else f"accuracy ({entry['suite'].removeprefix('eval/')})"
         )
         rows.append((name, *(_accuracy(entry[s]) for s in "ab")))
+        if _earlier(entry):
+            rows.append(("  compared", *(_accuracy(entry["common"][s]) for s in "ab")))
     rows += [
         ("steps took", *(f"{t['steps_s']:.1f} s" for t in both)),
         ("evaluations took", *(f"{t['evaluations_s']:.1f} s" for t in both)),
@@ -269,6 +274,7 @@ def _results(results: Mapping[str, Any]) -> list[str]:
         gap = entry["difference"]
         if gap:
             where = "" if entry["suite"] == "eval" else f" in {entry['suite']}"
+            where += f" after {entry['common']['a']['step']} steps" if _earlier(entry) else ""
             lines.append(
                 f"  B - A{where}: {100 * gap['value']:+.1f} points, "
                 f"95 % interval {100 * gap['low']:+.1f} to {100 * gap['high']:+.1f}"
@@ -280,6 +286,12 @@ def _results(results: Mapping[str, Any]) -> list[str]:
             table.append((str(row["step"]), *rewards, *(_share(row["correct_rate"][side]) for side in "ab")))
         lines += ["", *(f"  {line}" for line in _columns(table, left=0))]
     return lines
+
+
+def _earlier(entry: Mapping[str, Any]) -> bool:
+    """Are other evaluations of the suite compared than the last ones?"""
+    common = entry["common"]
+    return bool(common) and any(common[side] != entry[side] for side in "ab")
 
 
 def _parted(found: Mapping[str, Any]) -> str:
@@ -438,7 +450,11 @@ def _replay(found: Replay) -> list[str]:
     if found.largest:
         lines += ["", "Largest differences, at most one token a rollout"]
         for d in found.largest:
-            planning = ", planning" if d.planning else ""
+            planning = {
+                (True, True): ", planning",
+                (True, False): ", planning > execution",
+                (False, True): ", execution > planning",
+            }.get((d.own_planning, d.other_planning), "")
             lines.append(
                 f"  {d.own:+.3g} > {d.other:+.3g}  step {d.step}, {d.task}, member {d.member}, token {d.position}{planning}"
             )
@@ -465,7 +481,7 @@ def _gradients(found: Sequence[Regradient], *, asked: bool) -> list[str]:
         return []
     if not found:
         return [
-            "Gradients: none of these steps begins at training.save_every, where a run records its gradient's hash."
+            "Gradients: none of these steps has a recorded hash: a run writes one where a step begins at training.save_every."
         ]
     lines: list[str] = []
     for g in found:

@@ -10,13 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from retrain import plugins
 from retrain.config.fields import settings
 from retrain.config.idle import get, idle
 from retrain.config.load import LoadedConfig, load
 from retrain.config.schema import Config
 from retrain.errors import UsageError
 from retrain.tracking import layout
+from retrain.tracking.intact import intact
 from retrain.tracking.read import RunRecord, find_runs
+from retrain.training.recredit import silent_settings
 
 _ALWAYS_OWN = ("logging.log_dir", "resume.from")
 """Settings that two runs never share."""
@@ -41,7 +44,7 @@ _POINTS = 8
 _FACTS: Mapping[str, tuple[str, ...]] = {
     "code": ("retrain", "code", "git", "plugins", "reward_code"),
     "machine": ("machine", "device", "threads", "dtype", "deterministic", "python"),
-    "data": ("eval_tasks", "tokenizer", "weights", "model_commit", "planning", "schedule_steps"),
+    "data": ("train_tasks", "eval_tasks", "tokenizer", "weights", "model_commit", "planning", "schedule_steps"),
 }
 """Facts of a run by what they are about; all others are versions of packages."""
 
@@ -50,6 +53,7 @@ _MEANING = {
     "code": "source digest",
     "plugins": "plug-ins' digests",
     "reward_code": "reward's digest",
+    "train_tasks": "training tasks",
     "eval_tasks": "evaluation tasks",
     "weights": "base weights",
     "planning": "planning phrases",
@@ -77,8 +81,8 @@ class Side:
                 fix="name a run directory, a TOML file or a folder of runs.",
             )
         if layout.holds_run(path):
-            return cls(name, "run", (RunRecord.at(path),))
-        runs = tuple(find_runs(path))
+            return cls(name, "run", (intact(RunRecord.at(path)),))
+        runs = tuple(intact(run) for run in find_runs(path))
         if not runs:
             raise UsageError(
                 f"{name} holds no run.", fix="name a run directory, a TOML file or a folder of runs."
@@ -101,11 +105,21 @@ class Side:
     @cached_property
     def configs(self) -> tuple[Config, ...]:
         """The configurations of everything in it."""
+        return tuple(loaded.config for loaded in self.all_loaded)
+
+    @cached_property
+    def all_loaded(self) -> tuple[LoadedConfig, ...]:
+        """The same with their origins."""
         if self.loaded is not None:
-            return (self.loaded.config,)
-        return tuple(
-            load(run.path / layout.CONFIG).config for run in self.runs if (run.path / layout.CONFIG).is_file()
-        )
+            return (self.loaded,)
+        paths = [run.path / layout.CONFIG for run in self.runs]
+        return tuple(load(path) for path in paths if path.is_file())
+
+    def ignores(self, key: str) -> bool:
+        """Does the setting do nothing in any of its configurations, by the code of their plug-ins too?"""
+        for loaded in self.all_loaded:
+            plugins.add_search_paths(loaded.search_paths)
+        return all(key in silent_settings(config) for config in self.configs)
 
     def origin(self, key: str) -> str:
         """Where a setting's value came from, in words; "" where nothing recorded it."""
@@ -153,7 +167,8 @@ def _settings(a: Side, b: Side) -> list[dict[str, Any]]:
         if key in silent or key in _ALWAYS_OWN or (a.kind != b.kind and key in _ANCHORED):
             continue
         values = [_values(side.configs, key) for side in (a, b)]
-        if values[0] == values[1]:
+        # A plug-in's code is asked only where its answer matters.
+        if values[0] == values[1] or (key.startswith("sepa.") and all(side.ignores(key) for side in (a, b))):
             continue
         shown = [
             v[0] if len(v) == 1 and side.kind != "folder" else v
@@ -213,15 +228,32 @@ def prefixes(row: Mapping[str, Any]) -> list[str]:
 
 
 def _evaluations(a: RunRecord, b: RunRecord, notes: list[str]) -> list[dict[str, Any]]:
-    """The last evaluation of each suite on both sides, with the difference where both are of the same tasks."""
+    """The last evaluation of each suite on both sides, and at the last step after which both were evaluated the
+    difference, where both are of the same tasks."""
     last_a, last_b = (run.evaluations[-1] if run.evaluations else {} for run in (a, b))
+    by_step = [{row["step"]: row for row in run.evaluations} for run in (a, b)]
     digests = [cast("Mapping[str, Any]", run.facts.get("facts") or {}).get("eval_tasks") for run in (a, b)]
     same = bool(digests[0]) and digests[0] == digests[1]
     found: list[dict[str, Any]] = []
     for prefix in dict.fromkeys([*prefixes(last_a), *prefixes(last_b)]):
         x, y = _accuracy(last_a, prefix), _accuracy(last_b, prefix)
-        gap = _gap(x, y) if same and x and y else None
-        found.append({"suite": prefix, "a": x, "b": y, "difference": gap})
+        pairs = (
+            (_accuracy(by_step[0][step], prefix), _accuracy(by_step[1][step], prefix))
+            for step in sorted(by_step[0].keys() & by_step[1].keys(), reverse=True)
+        )
+        common = next(((m, n) for m, n in pairs if m and n), None)
+        gap = _gap(*common) if same and common else None
+        found.append(
+            {
+                "suite": prefix, "a": x, "b": y,
+                "common": {"a": common[0], "b": common[1]} if common else None, "difference": gap,
+            }
+        )  # fmt: skip
+    apart = next((e for e in found if e["a"] and e["b"] and e["a"]["step"] != e["b"]["step"]), None)
+    if apart and same:
+        common = apart["common"]
+        so = f"compared are those after {common['a']['step']}" if common else "no step is common, so they are not compared"
+        notes.append(f"The runs were last evaluated after {apart['a']['step']} and {apart['b']['step']} steps: {so}.")
     if last_a and last_b and not same:
         notes.append(
             "The runs were evaluated on different tasks (or did not record which): their accuracies are not compared."

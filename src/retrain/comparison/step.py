@@ -49,9 +49,12 @@ def explain_step(run: RunRecord, step: int) -> dict[str, Any]:
     missing: list[str] = []
     path = run.path / layout.CONFIG
     loaded = load(path) if path.is_file() else None
-    groups = next((r["tasks"] for r in run.task_outcomes() if r.get("step") == step), None)
+    groups = next((r.get("tasks") for r in run.task_outcomes() if r.get("step") == step), None)
     if groups is None:
         missing.append(f"{layout.STEPS} holds nothing of this step: what became of its tasks is not known.")
+    elif not isinstance(groups, list) or not all(map(_is_group, cast("list[object]", groups))):
+        missing.append(f"{layout.STEPS} is damaged where it is about this step: what became of its tasks is not known.")
+        groups = None
     tokens, source = _tokens(run, step, loaded, missing)
     return {
         "run": str(run.path),
@@ -72,6 +75,18 @@ def explain_step(run: RunRecord, step: int) -> dict[str, Any]:
         "checkpoints": _checkpoints(run.path, step),
         "missing": missing,
     }
+
+
+def _is_group(found: object) -> bool:
+    """Is this what a run writes about a task into emergence/steps.jsonl?"""
+    group = cast("Mapping[str, Any]", found if isinstance(found, Mapping) else {})
+    texts_there = all(isinstance(group.get(key), str) for key in ("task", "outcome", "why"))
+    kinds: Mapping[str, Any] = {"rewards": int | float | None, "lengths": int, "errors": str}
+    lists = all(
+        isinstance(values := group.get(key), list) and all(isinstance(v, kind) for v in cast("list[object]", values))
+        for key, kind in kinds.items()
+    )
+    return texts_there and lists and bool(group["lengths"])
 
 
 def _checkpoints(run: Path, step: int) -> dict[str, int | None]:
@@ -118,8 +133,14 @@ def _tokens(
             return _from_rollouts(groups_P, tokenizer), "rollouts"
     rows = [r for r in run.generations() if r.get("step") == step]
     if rows:
+        try:
+            found = _from_generations(rows)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            # Another program may have written there, or half of a line be lost.
+            missing.append(f"{why} {layout.GENERATIONS} is damaged where it is about this step: its tokens are not known.")
+            return [], ""
         missing.append(f"{why} The tokens are those of the {len(rows)} rollouts in {layout.GENERATIONS}.")
-        return _from_generations(rows), "generations"
+        return found, "generations"
     missing.append(f"{why} Neither does {layout.GENERATIONS} hold any: its tokens are not known.")
     return [], ""
 

@@ -30,7 +30,7 @@ from retrain.subject import Subject, configure
 from retrain.tracking import layout, rollouts
 from retrain.tracking.read import RunRecord
 from retrain.tracking.rollouts import StoredStep
-from retrain.training.recredit import Creditor
+from retrain.training.recredit import Creditor, silent_settings
 from retrain.types import CreditedGroup, StepStats
 
 ACTING = (
@@ -95,6 +95,18 @@ def settings(run: RunRecord, overrides: Sequence[Override]) -> tuple[Config, Loa
     return before, now
 
 
+def announced(now: LoadedConfig, overrides: Sequence[Override]) -> list[str]:
+    """Which flags do nothing beside the others, in the words in which a run says it."""
+    flags = {".".join(o.path[:2]): o.flag for o in overrides}
+    starts = tuple(f"{flag}: " for flag in flags.values())
+    found = [line for line in now.announcements if starts and line.startswith(starts)]
+    section = now.config.algorithm
+    piece = section.algorithm_mode or section.transform_mode
+    for key in sorted((silent_settings(now.config) - idle(now.config).keys()) & flags.keys()):
+        found.append(f"{flags[key]}: {key} does nothing: {piece!r} has no attribute uses_sepa = True.")
+    return found
+
+
 def steps_in(text: str, run: Path) -> list[int]:
     """The stored steps that ``a..b``, ``a..``, ``..b`` or ``a`` names (both ends included); all for ""."""
     stored = rollouts.stored_steps(run)
@@ -125,16 +137,17 @@ def label(config: Config) -> str:
 
 def _changed(before: Config, now: Config) -> tuple[str, ...]:
     """What differs in the settings of credit, without what does nothing beside the others."""
-    silent = idle(now)
+    silent = silent_settings(now)
     lines = changed_settings(before.model_dump(), now.model_dump())
     return tuple(x for x in lines if x.startswith(ACTING) and x.partition(" ")[0] not in silent)
 
 
 def replay(
     run: RunRecord, before: Config, now: Config, steps: Sequence[int], *, largest: int = _LARGEST,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    announcements: Sequence[str] = (), progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Replay:  # fmt: skip
-    """Credit of the stored 0-based ``steps`` under ``before`` (the run's own) and ``now``, compared."""
+    """Credit of the stored 0-based ``steps`` under ``before`` (the run's own) and ``now``, compared; ``announcements``
+    become the first notes."""
     words = Words(before)
     changed = _changed(before, now)
     own = Creditor.of(before, before)
@@ -149,14 +162,14 @@ def replay(
         sepa_lambda = lambdas.at(stored)
         b_P = other.credit(stored, sepa_lambda) if changed else a_P
         lambdas.observe(number, b_P)
-        pairs = pairs_of(stored, a_P, b_P)
+        pairs = pairs_of(a_P, b_P)
         reproduced = rollouts.digest_of(a_P) == stored.credit_digest
         counts = groups_of(a_P, b_P)
         found.append(compared(number, pairs, counts, stored.sepa_lambda, sepa_lambda, reproduced=reproduced))
         tally.add(pairs, counts, found[-1])
         if changed:
-            nearest.look(stored, a_P, b_P)
-    notes = list(lambdas.notes)
+            nearest.look(number, a_P, b_P)
+    notes = [*announcements, *lambdas.notes]
     wrong = [c.step for c in found if not c.reproduced]
     if wrong:
         notes.append(

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from retrain.tracking import texts
-from retrain.tracking.rollouts import StoredStep
 from retrain.training.recredit import trains
 from retrain.types import BoolArray, CreditedGroup, FloatArray
 
@@ -54,7 +53,8 @@ class TokenDifference:
     position: int
     own: float
     other: float
-    planning: bool
+    own_planning: bool
+    other_planning: bool
     before: str
     token: str
     after: str
@@ -62,31 +62,29 @@ class TokenDifference:
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Credit of the same N tokens by both algorithms, float64."""
+    """Credit of the same N tokens by both algorithms, float64, each with its own planning marks."""
 
     own_N: npt.NDArray[np.float64]
     other_N: npt.NDArray[np.float64]
-    planning_N: BoolArray
+    own_planning_N: BoolArray
+    other_planning_N: BoolArray
 
 
-def pairs_of(stored: StoredStep, a_P: Sequence[CreditedGroup], b_P: Sequence[CreditedGroup]) -> Pairs:
-    own: list[FloatArray] = []
-    other: list[FloatArray] = []
-    planning: list[BoolArray] = []
-    for a, b, marks in zip(a_P, b_P, stored.planning_P_G_T, strict=True):
+def pairs_of(a_P: Sequence[CreditedGroup], b_P: Sequence[CreditedGroup]) -> Pairs:
+    own: list[tuple[FloatArray, BoolArray]] = []
+    other: list[tuple[FloatArray, BoolArray]] = []
+    for a, b in zip(a_P, b_P, strict=True):
         if not (trains(a) or trains(b)):
             continue
         for i in np.flatnonzero(a.scored.valid_G).tolist():
             sampled_T = a.scored.rollouts_G[i].sampled_T
-            own.append(a.advantages_G_T[i][sampled_T])
-            other.append(b.advantages_G_T[i][sampled_T])
-            planning.append(marks[i][sampled_T])
-    empty = np.zeros(0, dtype=np.float32)
-    return Pairs(
-        np.concatenate([empty, *own]).astype(np.float64),
-        np.concatenate([empty, *other]).astype(np.float64),
-        np.concatenate([np.zeros(0, dtype=np.bool_), *planning]),
-    )
+            for found, group in ((own, a), (other, b)):
+                found.append((group.advantages_G_T[i][sampled_T], group.planning_G_T[i][sampled_T]))
+    return Pairs(*(_joined(x, np.float64, 0) for x in (own, other)), *(_joined(x, np.bool_, 1) for x in (own, other)))
+
+
+def _joined(found: Sequence[Sequence[npt.NDArray[Any]]], dtype: type[np.generic], which: int) -> npt.NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype=dtype), *(arrays[which].astype(dtype) for arrays in found)])
 
 
 def groups_of(a_P: Sequence[CreditedGroup], b_P: Sequence[CreditedGroup]) -> tuple[int, int, int, int]:
@@ -115,17 +113,17 @@ def ranks(values_N: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def compared(
     step: int, pairs: Pairs, counts: tuple[int, int, int, int], own: float, other: float, *, reproduced: bool
 ) -> StepComparison:
-    a, b, planning = pairs.own_N, pairs.other_N, pairs.planning_N
+    a, b = pairs.own_N, pairs.other_N
     return StepComparison(
         step=step,
         tokens=len(a),
         sign_changed=int(np.count_nonzero(np.sign(a) != np.sign(b))) / len(a) if len(a) else None,
         pearson=correlation(a, b),
         spearman=correlation(ranks(a), ranks(b)) if len(a) else None,
-        own_planning=_mean(a[planning]),
-        own_execution=_mean(a[~planning]),
-        other_planning=_mean(b[planning]),
-        other_execution=_mean(b[~planning]),
+        own_planning=_mean(a[pairs.own_planning_N]),
+        own_execution=_mean(a[~pairs.own_planning_N]),
+        other_planning=_mean(b[pairs.other_planning_N]),
+        other_execution=_mean(b[~pairs.other_planning_N]),
         groups=counts[0],
         own_trains=counts[1],
         other_trains=counts[2],
@@ -144,15 +142,17 @@ class Tally:
         """n, sum a, sum b, sum aa, sum bb, sum ab."""
         self._changed = 0
         self._absolute = np.zeros(4)
-        self._planning = 0
+        """Sums of |A|: own planning, own execution, other planning, other execution; ``_counts`` are their tokens."""
+        self._counts = np.zeros(4, dtype=np.int64)
         self._groups = np.zeros(4, dtype=np.int64)
 
     def add(self, pairs: Pairs, counts: tuple[int, int, int, int], compared: StepComparison) -> None:
-        a, b, planning = pairs.own_N, pairs.other_N, pairs.planning_N
+        a, b = pairs.own_N, pairs.other_N
         self._moments += [len(a), a.sum(), b.sum(), (a * a).sum(), (b * b).sum(), (a * b).sum()]
         self._changed += int(np.count_nonzero(np.sign(a) != np.sign(b)))
-        self._absolute += [float(np.abs(x[m]).sum()) for x in (a, b) for m in (planning, ~planning)]
-        self._planning += int(np.count_nonzero(planning))
+        parts = [x[m] for x, marks in ((a, pairs.own_planning_N), (b, pairs.other_planning_N)) for m in (marks, ~marks)]
+        self._absolute += [float(np.abs(part).sum()) for part in parts]
+        self._counts += [len(part) for part in parts]
         self._groups += counts
 
     def total(self, steps: Sequence[StepComparison]) -> StepComparison:
@@ -161,10 +161,8 @@ class Tally:
         spread = (aa - a * a / n) * (bb - b * b / n) if tokens else 0.0
         ranked = [(s.tokens, s.spearman) for s in steps if s.spearman is not None]
         weight = sum(count for count, _ in ranked)
-        of = (self._planning, tokens - self._planning)
-        means = [
-            float(total) / of[i % 2] if of[i % 2] else None for i, total in enumerate(self._absolute.tolist())
-        ]
+        sums = zip(self._absolute.tolist(), self._counts.tolist(), strict=True)
+        means = [float(total) / count if count else None for total, count in sums]
         own_planning, own_execution, other_planning, other_execution = means
         groups, own, other, flipped = self._groups.tolist()
         return StepComparison(
@@ -195,8 +193,8 @@ class Largest:
         self._heap: list[tuple[float, int, dict[str, Any], list[int], int]] = []
         self._count = 0
 
-    def look(self, stored: StoredStep, a_P: Sequence[CreditedGroup], b_P: Sequence[CreditedGroup]) -> None:
-        for a, b, marks in zip(a_P, b_P, stored.planning_P_G_T, strict=True):
+    def look(self, step: int, a_P: Sequence[CreditedGroup], b_P: Sequence[CreditedGroup]) -> None:
+        for a, b in zip(a_P, b_P, strict=True):
             for i, rollout in enumerate(a.scored.rollouts_G):
                 gap_T = np.abs(b.advantages_G_T[i].astype(np.float64) - a.advantages_G_T[i])
                 least = self._heap[0][0] if len(self._heap) == self._most else 0.0
@@ -207,13 +205,14 @@ class Largest:
                 first = max(0, at - 16)
                 window = rollout.token_ids_T[first : at + 9].tolist()
                 entry = {
-                    "step": stored.step,
+                    "step": step,
                     "task": a.scored.task.id,
                     "member": rollout.member,
                     "position": int(np.count_nonzero(rollout.sampled_T[:at])),
                     "own": float(a.advantages_G_T[i][at]),
                     "other": float(b.advantages_G_T[i][at]),
-                    "planning": bool(marks[i][at]),
+                    "own_planning": bool(a.planning_G_T[i][at]),
+                    "other_planning": bool(b.planning_G_T[i][at]),
                 }
                 self._count += 1
                 item = (float(gap_T[at]), -self._count, entry, window, at - first)

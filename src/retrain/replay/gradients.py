@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from retrain import plugins
@@ -35,12 +35,13 @@ class Regradient:
 def regradients(run: RunRecord, config: Config, steps: Sequence[int]) -> list[Regradient]:
     """The first gradient of each step that has a stored hash, from the weights of its checkpoint.
 
-    Loads the run's backend. Steps without weights to start from say so; those whose gradient no run hashes (they do not
-    begin at ``training.save_every``) are left out.
+    Loads the run's backend. Steps without weights to start from say so, and so do steps that begin at a checkpoint and
+    have no hash; those with neither are left out. What counts is what there is: ``training.save_every``, which says what
+    is hashed, may have been another one before a resume.
     """
     rows = {int(row["step"]): row for row in run.steps}
-    wanted = [step for step in steps if optim_at(config, step).hash_gradient]
     there = {0, *rollouts.checkpointed(run.path)}
+    wanted = [step for step in steps if step in there or rows.get(step, {}).get("gradient_hash")]
     if not any(rows.get(s, {}).get("gradient_hash") and s in there for s in wanted):
         return [_left_out(step, rows, there) for step in wanted]
     words = Words(config)
@@ -98,7 +99,7 @@ def _regradient(
         fixed_tokens=training.batch_size * training.group_size * training.max_tokens,
         keep_silent=config.loss.kl != 0 or config.loss.entropy != 0,
     )
-    report = backend.train_step(batch, optim_at(config, step))
+    report = backend.train_step(batch, replace(optim_at(config, step), hash_gradient=True))
     stored = str(row["gradient_hash"])
     same = report.gradient_hash == stored
     return Regradient(

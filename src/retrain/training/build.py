@@ -245,6 +245,7 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
                 "schedule_steps": str(config.training.max_steps)
                 if config.training.lr_schedule != "constant"
                 else "",
+                "train_tasks": digest_of(tasks),
                 "eval_tasks": digest_of(held_out.tasks) if held_out else "",
                 "reward_code": getattr(reward, "code_digest", ""),
                 "plugins": ", ".join(map(" ".join, plugins.digests(named_plugins(config)).items())),

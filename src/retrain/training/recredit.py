@@ -11,7 +11,10 @@ from typing import Any
 from retrain import plugins
 from retrain.algorithms import credit
 from retrain.algorithms.sepa import SepaSchedule
+from retrain.config.fields import settings
+from retrain.config.idle import idle
 from retrain.config.schema import Config, Planning
+from retrain.errors import RetrainError
 from retrain.protocols import Renderer
 from retrain.tracking import rollouts
 from retrain.tracking.rollouts import StoredStep
@@ -93,6 +96,17 @@ def credited(
     creditor = Creditor.of(config, config)
     stored = rollouts.read(run, step, decode=decode if creditor.wants_text else None)
     return stored, creditor.credit(stored, stored.sepa_lambda)
+
+
+def silent_settings(config: Config) -> set[str]:
+    """Settings that do nothing in this configuration, by the code of its plug-ins too, where that can be loaded."""
+    silent = set(idle(config))
+    try:
+        if not credit.build_schedule(config).active:
+            silent |= {key for key in settings() if key.startswith("sepa.")}
+    except RetrainError:
+        pass  # a plug-in that is gone may have read them
+    return silent
 
 
 def trains(group: CreditedGroup) -> bool:
