@@ -72,6 +72,15 @@ def test_init_lists_the_templates(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in out for name in (*templates.TEMPLATES, *templates.LATER))
 
 
+@pytest.mark.parametrize(
+    ("command", "topic"),
+    [("eval", "use"), ("sample", "use"), ("top", "status"), ("resume-check", "doctor"), ("demo", "commands")],
+)
+def test_man_finds_the_topic_of_a_command(command: str, topic: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["man", "--topic", command]) == 0
+    assert capsys.readouterr().out == manual.topic_text(topic)
+
+
 def test_man_shows_topics_and_hides_its_markers(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["man"]) == 0
     whole = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -158,3 +159,28 @@ def test_it_never_overwrites(taken: str, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UsageError, match="never overwrites"):
         scaffold.init_plugin(["--kind", "reward", "--name", "x_y", "--with-test"])
     assert [p.read_text() for p in tmp_path.rglob("*") if p.is_file()] == ["mine"]
+
+
+@pytest.mark.parametrize(("there", "said"), [(True, ""), (False, "pip install pytest && ")])
+def test_it_says_how_to_get_pytest_where_there_is_none(
+    there: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find(name) if there or name != "pytest" else None)
+    assert main(["init-plugin", "--kind", "reward", "--name", "x_y", "--with-test"]) == 0
+    assert f"Test it with:  {said}pytest plugins/test_x_y.py\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kind", "listed"), KIND_OF.items())
+def test_both_names_of_a_kind_are_taken(
+    kind: str, listed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plugins", kind]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{listed}: ")
+    assert main(["plugins", listed]) == 0
+    assert capsys.readouterr().out == shown
+    assert main(["init-plugin", "--kind", listed, "--name", "x_y"]) == 0
+    assert {kind, listed} <= set(scaffold.USAGE["init-plugin"].replace(",", " ").split())

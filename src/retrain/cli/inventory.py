@@ -47,6 +47,9 @@ KINDS = {
     "sink": "trackers, besides the run directory",
     "trace": "lengths for retrain bench",
 }
+ALIASES = {"planning": "detector", "data": "source", "inference": "engine", "tracker": "sink"}
+"""What ``init-plugin`` calls a kind, after the section that names it."""
+
 DOCS = "docs/plugins.md; retrain man --topic plugins"
 
 
@@ -137,6 +140,7 @@ _WORDS = {
 
 def listing(kind: str, config: str) -> dict[str, Any]:
     """Every kind (or ``kind``) with its built-in names, those of installed packages, and the user's own objects."""
+    kind = ALIASES.get(kind, kind)
     if kind and kind not in plugins.TABLE:
         near = difflib.get_close_matches(kind, plugins.TABLE, n=1)
         raise UsageError(

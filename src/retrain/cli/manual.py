@@ -19,7 +19,7 @@ Usage: retrain man [--topic NAME] [--list-topics] [--format text|json|html] [--p
 
 Shows the manual, or one topic of it.
 
-  --topic NAME      only this topic
+  --topic NAME      only this topic, or the one that describes the command NAME
   --list-topics     names of the topics
   --format F        text, json, or html: one page that stands alone
   --json            the same as --format json
@@ -112,7 +112,7 @@ def man(arguments: Sequence[str]) -> int:
         raise UsageError(f"unexpected argument {rest[0]!r}.", fix="`retrain man --topic NAME`.")
     _check_together(own)
     form = "json" if "--json" in own else _one_of(own.get("--format", "text"), FORMATS, "--format")
-    topic = _one_of(own["--topic"], topics(), "the manual's topics") if "--topic" in own else ""
+    topic = _topic(own["--topic"]) if "--topic" in own else ""
     if "--check" in own or "--sync" in own:
         return _sync(write="--sync" in own)
     if "--path" in own:
@@ -176,6 +176,15 @@ def topic_text(name: str) -> str:
     start = text.index(f"# {name}\n")
     end = text.find("\n# ", start)
     return text[start : end + 1 if end >= 0 else None]
+
+
+def _topic(name: str) -> str:
+    """The topic ``name``, or the one that a command of that name is described in; UsageError where there is neither."""
+    if name in topics() or name not in COMMANDS:
+        return _one_of(name, topics(), "the manual's topics")
+    before, found, _ = _read(MANUAL).partition(f"{_BEGIN}usage {name} -->\n")
+    headings = [line[2:].strip() for line in before.splitlines() if line.startswith("# ")]
+    return headings[-1] if found else "commands"
 
 
 def _one_of(name: str, known: Sequence[str], what: str) -> str:

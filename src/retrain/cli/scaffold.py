@@ -18,7 +18,8 @@ Writes DIR/NAME.py, a plug-in that runs as it is, and NAME.toml, which trains a 
 It never overwrites a file.
 
   --kind KIND        advantage, transform, algorithm, uncertainty, planning, reward, data, environment, inference,
-                     loss, backend or sink
+                     loss, backend or sink; `retrain plugins` calls planning detector, data source and inference engine,
+                     which are taken here too
   --name NAME        name of the module: a word that Python can import
   --output-dir DIR   folder of the module (plugins)
   --with-test        DIR/test_NAME.py as well, for pytest
@@ -80,9 +81,16 @@ def init_plugin(arguments: Sequence[str]) -> int:
     print("\nIn a configuration of yours:\n")
     print(_toml(_with_search_path(added, folder)))
     if "--with-test" in own:
-        print(f"Test it with:  pytest {test}")
+        print(f"Test it with:  {_first()}pytest {test}")
     print(f"Train a step:  retrain {config}")
     return 0
+
+
+def _first() -> str:
+    """What makes pytest there: retrain does not need it, so its install does not bring it."""
+    from importlib.util import find_spec
+
+    return "" if find_spec("pytest") else "pip install pytest && "
 
 
 def settings_of(kind: str, name: str) -> dict[str, dict[str, str]]:
