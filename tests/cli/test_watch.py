@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from retrain.cli.main import main
+from retrain.errors import ConfigError
 from retrain.tracking import layout
 
 NOW = 1_800_000_000.0
@@ -232,7 +233,15 @@ def test_a_best_checkpoint_below_the_start_is_said_to_be(fabricate, capfd):
 
 
 def test_a_start_is_seen_before_it_is_a_run_and_over_the_run_that_it_goes_on_with(fabricate, capfd):
-    starting = {"pid": 7, "started": NOW - 2, "starting": True, "phase": "starting", "max_steps": 60, "done": None, "asked": None}
+    starting = {
+        "pid": 7,
+        "started": NOW - 2,
+        "starting": True,
+        "phase": "starting",
+        "max_steps": 60,
+        "done": None,
+        "asked": None,
+    }
     new = fabricate("new", "done", 0, lives=True, beat={**starting, "step": 0})
     for name in (layout.RUN, layout.METRICS):
         (new / name).unlink()
@@ -276,7 +285,14 @@ def test_folders_without_runs_and_wrong_words(fabricate, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "null", '{"status": 3}', '{"status": "running", "heartbeat": "x", "max_steps": "y"}'],
+    [
+        "",
+        "[]",
+        "null",
+        '{"status": 3}',
+        '{"status": "running", "heartbeat": "x", "max_steps": "y"}',
+        '{"status": "running", "max_steps": NaN, "step": NaN, "alarms": "q", "tokens": Infinity}',
+    ],
 )
 def test_broken_files_end_nothing(fabricate, capsys, content):
     folder = fabricate("a", "running", 3, beat={})
@@ -286,6 +302,21 @@ def test_broken_files_end_nothing(fabricate, capsys, content):
     assert main(["status", "logs/a"]) == 0
     assert main(["top"]) == 0
     assert "logs/a" in capsys.readouterr().out
+
+
+def test_a_folder_that_may_not_be_read_hides_no_other_run(fabricate, capsys, monkeypatch):
+    fabricate("open", "done", 3)
+    (Path("logs") / "locked" / "inner").mkdir(parents=True)
+    seen = layout.holds_run
+
+    def holds_run(directory):
+        if directory.name in ("locked", "inner"):
+            raise ConfigError(f"{directory} cannot be read.", fix="change its permissions.")
+        return seen(directory)
+
+    monkeypatch.setattr(layout, "holds_run", holds_run)
+    assert main(["status"]) == 0
+    assert "logs/open" in capsys.readouterr().out
 
 
 def test_fifty_runs_cost_little_and_load_nothing_heavy(tmp_path):

@@ -5,6 +5,7 @@ Needs neither torch nor numpy nor pydantic, so that a look at fifty runs is quic
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -17,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
-from retrain.errors import UsageError
+from retrain.errors import ConfigError, UsageError
 from retrain.tracking import layout
 from retrain.tracking.vitals import is_evaluation
 
@@ -207,7 +208,9 @@ def find_runs(root: str | os.PathLike[str]) -> list[RunRecord]:
                 return
             raise
         for child in inner:
-            look(child, depth - 1)
+            # One folder that may not be read hides no other run.
+            with contextlib.suppress(ConfigError, PermissionError):
+                look(child, depth - 1)
 
     look(Path(root), _DEPTH)
     return found

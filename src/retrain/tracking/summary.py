@@ -7,6 +7,7 @@ Reads run.json, the heartbeat and the end of metrics.jsonl, never a whole run.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -106,14 +107,14 @@ def summarize(run: RunRecord) -> Summary:
         memory=beat.get("memory") or {},
         left_s=time_left(rows, total - step) if going and total is not None else None,
         lasted_s=float(spent) if isinstance(spent, int | float) else lasted,
-        alarms=int(beat.get("alarms") or 0) + len(raised),
+        alarms=(_whole(beat.get("alarms")) or 0) + len(raised),
         alarm=beat.get("alarm") or (asdict(raised[-1]) if raised else None),
         updated=updated,
     )
 
 
 def _whole(value: object) -> int | None:
-    return int(value) if isinstance(value, int | float) else None
+    return int(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _todo(run: RunRecord, state: State) -> str:

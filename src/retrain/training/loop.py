@@ -242,5 +242,5 @@ def _save_in_spite(parts: Parts, state: State) -> None:
     """Save where another error is the one to show."""
     try:
         _save(parts, state, accuracy=None)
-    except OSError as failure:
+    except (OSError, RetrainError) as failure:
         log.warning("A checkpoint could not be written: %s", failure)
