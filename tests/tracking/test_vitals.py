@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrain.tracking import vitals
-from retrain.tracking.level import Past
+from retrain.tracking.judges import Past
 from retrain.tracking.vitals import BY_NAME, VITALS, Watch, alarms
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from retrain.tracking import judges, level, vitals
+from retrain.tracking import judges, vitals
 
 STEP_KEYS: tuple[tuple[str, str, str], ...] = (
     ("step", "", "0-based number of the step"),
@@ -162,7 +162,7 @@ def page() -> str:
     """docs/metrics.md."""
     head = _HEAD.format(
         count=len(vitals.VITALS), well=vitals.WELL, rollouts=judges.ENOUGH_ROLLOUTS, groups=judges.ENOUGH_GROUPS,
-        window=level.WINDOW, base=judges.BASE, settled=judges.SETTLED, longest=level.WINDOW + 1,
+        window=judges.WINDOW, base=judges.BASE, settled=judges.SETTLED, longest=judges.WINDOW + 1,
     )  # fmt: skip
     core = [f"| {v.title} (`{v.name}`) | {v.unit} | {v.healthy} | {v.advice} |" for v in vitals.VITALS]
     core = [line.replace("<", "&lt;").replace(" |log ratio| ", r" \|log ratio\| ") for line in core]

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from retrain.tracking import judges
-from retrain.tracking.judges import Drift, Judge
-from retrain.tracking.level import WINDOW, Fall, Past, Row, number
+from retrain.tracking.judges import WINDOW, Drift, Fall, Judge, Past, Row, number
 
 WELL = 5
 """Healthy steps in a row that end an episode."""
