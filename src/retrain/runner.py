@@ -306,7 +306,7 @@ class _EventsFile(logging.FileHandler):
 
 
 @contextmanager
-def _logging(directory: Path, *, debug: bool, resuming: bool) -> Generator[None]:
+def _logging(directory: Path, *, debug: bool, resuming: bool = False) -> Generator[None]:
     """Show the package's log on the console and keep all of it in events.log."""
     file = _EventsFile(directory / layout.EVENTS, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -173,7 +173,7 @@ def test_the_view_stays_below_the_lines_and_leaves_nothing_behind(start):
     # What was drawn meanwhile: progress, learning, the split of the time, memory.
     for said in ("left", "reward ", "correct ", "tokens/s", "time: sampling", "memory "):
         assert said in run.screen.raw, said
-    assert shown.rstrip().endswith("adapter")
+    assert shown.rstrip().endswith("eval, export.")
 
 
 @pytest.mark.slow
