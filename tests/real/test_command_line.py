@@ -64,6 +64,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Search paths are added for the life of a process; here one process plays many.
     monkeypatch.setattr(sys, "path", [*sys.path])
+    # Another file's module of this name may have been imported: its file would be taken for ours.
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     (tmp_path / "retrain.toml").write_text(BASE)
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(t) + "\n" for t in TASKS))
     (tmp_path / "plugins").mkdir()
