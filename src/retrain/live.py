@@ -104,7 +104,8 @@ class LiveView:
             return
         while self.pending:
             self._console.print(self.pending.popleft())
-        with live._lock:  # pyright: ignore[reportPrivateUsage]
+        # The console before the view's own lock, in the order in which a print takes them.
+        with self._console, live._lock:  # pyright: ignore[reportPrivateUsage]
             self._rewrapped(live)
             live.refresh()
 
@@ -141,8 +142,9 @@ class LiveView:
         live, self._live = self._live, None
         if self in _shown:
             _shown.remove(self)
-        self._rewrapped(live)
-        live.stop()
+        with self._console:
+            self._rewrapped(live)
+            live.stop()
         while self.pending:
             self._console.print(self.pending.popleft())
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import IO, Any, TextIO, cast
+from typing import IO, Any, Self, TextIO, cast
 
 from rich.console import Console
 
@@ -123,13 +124,33 @@ class Output:
                 os.close(nowhere)
 
 
+class _OneAtATime(Console):
+    """A console that one thread at a time writes to. rich works out how far up the view's last frame began some time
+    before it writes; a frame of another height that is drawn in between would leave a line of itself behind."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._turn = threading.RLock()
+
+    def __enter__(self) -> Self:
+        self._turn.acquire()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            self._turn.release()
+
+
 class ConsoleSink:
     """Prints one line per step and evaluation; on a terminal the live view stays below them."""
 
     def __init__(self, *, total_steps: int, plain: bool) -> None:
         # Guarded below rich, because rich ends the process when a pipe breaks.
         file = cast("IO[str]", Output(sys.stdout))
-        self._console = Console(file=file, highlight=False, soft_wrap=True, markup=False)
+        self._console = _OneAtATime(file=file, highlight=False, soft_wrap=True, markup=False)
         # A terminal breaks long lines between fields; a pipe gets each as one line.
         self._console.soft_wrap = not self._console.is_terminal
         self._view: live.LiveView | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
+import itertools
 import json
 import os
 import pty
@@ -23,6 +25,7 @@ import pytest
 from retrain import live, runner
 from retrain.config.load import Override, load
 from retrain.errors import ModelError
+from retrain.sinks import ConsoleSink
 from retrain.tracking import layout, read
 from retrain.tracking.read import RunRecord
 
@@ -131,7 +134,7 @@ class Running:
 
     def finish(self):
         """Everything to the end; the exit code."""
-        self.read_until(lambda screen: False) if self.child.poll() is None else None
+        self.read_until(lambda screen: False)
         return self.child.wait(timeout=60)
 
     def close(self):
@@ -174,6 +177,32 @@ def test_the_view_stays_below_the_lines_and_leaves_nothing_behind(start):
     for said in ("left", "reward ", "correct ", "tokens/s", "time: sampling", "memory "):
         assert said in run.screen.raw, said
     assert shown.rstrip().endswith("eval, export.")
+
+
+def test_a_frame_drawn_while_a_line_is_printed_leaves_nothing_of_itself(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = io.StringIO()
+    out.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", out)
+    heights = itertools.cycle((1, 4, 2, 6))
+    monkeypatch.setattr(live.LiveView, "lines", lambda self, width: ["step 1/2 ━━"] * next(heights))
+    monkeypatch.setattr(live, "_EVERY_S", 0.0005)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        sink = ConsoleSink(total_steps=2, plain=False)
+        for number in range(300):
+            print(f"line {number}")
+            if number % 3 == 0:
+                sink.log(0, {})
+        sink.close()
+    finally:
+        sys.setswitchinterval(interval)
+    screen = Terminal()
+    screen.feed(out.getvalue())
+    assert not FRAME.search(screen.shown)
+    assert len(re.findall(r"(?m)^line \d+$", screen.shown)) == 300
 
 
 @pytest.mark.slow
