@@ -122,7 +122,7 @@ def _words(model: type[BaseModel], key: str) -> tuple[str, str, tuple[str, ...]]
 
 
 def _item_type(spec: Mapping[str, Any]) -> str:
-    return _TYPES[spec["items"]["type"]]
+    return _TYPES[spec["items"]["type"]] if "type" in spec["items"] else "value"
 
 
 def _accepts(spec: Mapping[str, Any]) -> str:
@@ -131,6 +131,8 @@ def _accepts(spec: Mapping[str, Any]) -> str:
     if spec["type"] == "array":
         empty = " with at least one item" if spec.get("minLength") or spec.get("minItems") else ""
         items: Mapping[str, Any] = spec["items"]
+        if "type" not in items:
+            return f"an array of strings, numbers or booleans{empty}"
         full = " that are not empty" if items["type"] == "string" and items.get("minLength") else ""
         return f"an array of {_NOUNS[items['type']][1]}{full}{_range(items)}{empty}"
     if spec["type"] == "string" and spec.get("minLength"):

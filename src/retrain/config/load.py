@@ -10,7 +10,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
@@ -101,7 +101,11 @@ def load(
     listed = (
         overrides if not isinstance(overrides, Mapping) else [Override.of(k, v) for k, v in overrides.items()]
     )
+    is_campaign = isinstance(raw.get("campaign"), dict)
     for override in listed:
+        if is_campaign and override.path == ("training", "max_steps"):
+            # The runs of a campaign have no number of steps of their own.
+            override = replace(override, path=("campaign", "max_steps"))
         _apply(override, raw, origins)
     found = problems.unknown_and_secret(raw)
     found += problems.not_toml(raw)

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 
-from retrain.config import names, own
+from retrain.config import campaigns, names, own
 from retrain.config.fields import literal
 from retrain.config.idle import findings, get, own_source, path_of, stated
 from retrain.config.problems import Problem, dotted
@@ -61,6 +61,7 @@ def check(config: Config) -> Iterator[Problem]:
     yield from check_tables(config)
     yield from _not_yet(config)
     yield from _combinations(config)
+    yield from campaigns.check(config)
     yield from findings(config)
 
 
@@ -114,13 +115,6 @@ def _not_yet(config: Config) -> Iterator[Problem]:
     for key, is_wanted, fix in wanted:
         if is_wanted:
             yield Problem(path_of(key), f"{stated(config, key)} is not in this version.", fix, later=True)
-    if config.campaign is not None:
-        yield Problem(
-            ("campaign",),
-            "[campaign] is not in this version.",
-            "remove it and start one run per condition and seed.",
-            later=True,
-        )
     if config.squeeze is not None:
         yield Problem(("squeeze",), "[squeeze] is not in this version.", "remove the section.", later=True)
     if re.fullmatch(r"\s*(gpu:\d+|cpu)(\s*,\s*(gpu:\d+|cpu))+\s*", config.backend.devices):
@@ -184,7 +178,7 @@ def _combinations(config: Config) -> Iterator[Problem]:
             f"backpressure.min_batch_size = {low} is above max_batch_size = {high}.",
             "set it to at most that.",
         )
-    if config.training.warmup_steps >= config.training.max_steps:
+    if config.campaign is None and config.training.warmup_steps >= config.training.max_steps:
         yield Problem(
             ("training", "warmup_steps"),
             f"training.warmup_steps = {config.training.warmup_steps} and max_steps = "

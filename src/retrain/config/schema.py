@@ -11,8 +11,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from retrain.config.ranges import (
+    Alpha,
     Bound,
     Count,
+    Counts,
     Decay,
     Levels,
     LevelsOrInherited,
@@ -41,6 +43,7 @@ from retrain.config.ranges import (
     Tables,
     Temperature,
     Uncertainty,
+    Values,
     Weight,
 )
 
@@ -423,10 +426,16 @@ class Plugins(Section):
 
 
 class Tune(Section):
-    """Learning rates to choose from before a campaign."""
+    """Values to choose from for each condition before a campaign, on seeds and tasks of their own."""
 
-    lr: Rates = Field(
-        default=(), description="Rates to try for each condition, on seeds and tasks of their own."
+    lr: Rates = Field(default=(), description="Learning rates to try for each condition.")
+    field: str = Field(default="", description="Another setting to try, by its dotted key; empty: training.lr.")
+    values: Values = Field(default=(), description="Values of that setting to try.")
+    seeds: Seeds = Field(default=(1, 2, 3), description="Seeds of the trials, none of them one of campaign.seeds.")
+    max_steps: Limit = Field(default=0, description="Training steps of a trial; 0: those of the campaign.")
+    split: str = Field(
+        default="",
+        description="Part of the held-out data to choose on; empty: the tasks that follow the evaluation's own.",
     )
 
 
@@ -441,12 +450,37 @@ class Campaign(Section):
     max_workers: Limit = Field(default=0, description="Most runs at once; 0: as many as fit the devices.")
     stagger_seconds: Peak = Field(default=0.0, description="Seconds between two starts.")
     launcher: Literal["serial", "processes", "ray"] = Field(default="serial", description="Starts the runs.")
+    ray_address: str = Field(
+        default="", description="Address of a running Ray cluster; empty: RAY_ADDRESS, else one on this machine."
+    )
+    threads: Limit = Field(
+        default=0, description="CPU threads of each run; 0: the cores shared among the runs at once."
+    )
     baseline: str = Field(default="", description="Condition to compare with; empty: the first.")
+    alpha: Alpha = Field(default=0.05, description="Rate of false verdicts over all comparisons with the baseline.")
+    smallest_effect: PositiveShare = Field(
+        default=0.02, description="Smallest difference of the outcome that matters; 0.02 is two points."
+    )
+    test: Literal["welch", "paired"] = Field(
+        default="welch", description="Test of a difference: Welch's t, or the t of differences paired by seed."
+    )
+    looks: Counts = Field(
+        default=(),
+        description="Numbers of seeds after which results are judged, the last being all; empty: once, when all are done.",
+    )
+    threshold: Share | None = Field(
+        default=None, description="Held-out accuracy to which the steps are counted; unset: they are not."
+    )
+    deviation: Share = Field(
+        default=0.0,
+        description="Standard deviation of the outcome over seeds, to tell beforehand what can be seen; 0: unknown.",
+    )
+    pilot: str = Field(default="", description="An earlier campaign or folder of runs to take the deviation from.")
     conditions: Tables = Field(
         default=(),
         description="Modes and overrides of any other setting; empty: the standard five conditions.",
     )
-    tune: Tune = Field(default=Tune(), description="Learning rates to choose from before the campaign.")
+    tune: Tune = Field(default=Tune(), description="Values to choose from before the campaign.")
 
 
 class Config(Section):

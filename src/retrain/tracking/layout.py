@@ -26,6 +26,14 @@ TRACKERS = f"{TRACKER_FILES}/trackers.json"
 """What each experiment tracker holds of the run."""
 LOCK = ".lock"
 
+CAMPAIGN = "manifest.json"
+"""At the top of a campaign's directory: what was declared before its first run."""
+CAMPAIGN_RUNS = "runs"
+CAMPAIGN_TRIALS = "trials"
+"""Runs that chose a setting for each condition before the campaign's own."""
+CAMPAIGN_OUTPUT = "output"
+"""What each run's process printed."""
+
 MANIFEST = "manifest.json"
 """Inside a checkpoint: sizes and checksums of its files, written last."""
 STATE = "state.json"
@@ -51,6 +59,11 @@ def rollout_file(step: int) -> str:
 def holds_run(directory: Path) -> bool:
     """Does the directory already hold a run? ConfigError when that cannot be seen."""
     return bool(_present(directory, (RUN, METRICS, TRAINER_STATE, CHECKPOINTS)))
+
+
+def holds_campaign(directory: Path) -> bool:
+    """Is the directory that of a campaign?"""
+    return not holds_run(directory) and bool(_present(directory, (CAMPAIGN,)))
 
 
 def would_be_replaced(directory: Path) -> list[str]:

@@ -1,0 +1,254 @@
+"""The conditions of a campaign: their labels, what each sets, and what a campaign's configuration may not say."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from retrain.config.fields import literal, settings
+from retrain.config.problems import KeyPath, Problem
+from retrain.config.schema import Campaign, Config
+
+STANDARD = (
+    ("grpo", "none"),
+    ("maxrl", "none"),
+    ("maxrl", "gtpo"),
+    ("maxrl", "gtpo_hicra"),
+    ("maxrl", "gtpo_sepa"),
+)
+"""Advantage and transform of the five conditions that a campaign without conditions runs."""
+
+_ADVANTAGE, _TRANSFORM = "algorithm.advantage_mode", "algorithm.transform_mode"
+_SAME_FOR_ALL = {
+    "training.seed": "campaign.seeds lists the seeds",
+    "training.max_steps": "every run takes campaign.max_steps",
+    "eval": "every run is evaluated on the same tasks in the same way",
+    "campaign": "a campaign holds no other",
+    "squeeze": "an analysis is the campaign's, not a condition's",
+    "resume": "--resume continues the whole campaign",
+    "logging": "every run has a directory of its own inside the campaign's",
+    "backend.adapter_path": "every run has an adapter of its own",
+    "plugins": "plug-ins are found for all runs alike",
+}
+"""What a condition may not set, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """One arm. ``settings`` are dotted keys with their values, the two modes first; ``index`` its place in the TOML, -1 for
+    one of the standard five."""
+
+    label: str
+    settings: Mapping[str, Any]
+    index: int = -1
+
+
+def launcher(campaign: Campaign) -> Literal["serial", "processes", "ray"]:
+    """What starts the runs: ``parallel`` alone asks for processes."""
+    return "processes" if campaign.parallel and campaign.launcher == "serial" else campaign.launcher
+
+
+def conditions(config: Config) -> tuple[Condition, ...]:
+    """The conditions of ``config.campaign`` in order, those that ``check`` would refuse left out."""
+    campaign = config.campaign or Campaign()
+    if not campaign.conditions:
+        return tuple(
+            Condition(f"{advantage}+{transform}", {_ADVANTAGE: advantage, _TRANSFORM: transform})
+            for advantage, transform in STANDARD
+        )
+    return tuple(_condition(config, index, table) for index, table in enumerate(campaign.conditions))
+
+
+def baseline(config: Config) -> str:
+    """Label of the condition that the others are compared with."""
+    campaign = config.campaign or Campaign()
+    return campaign.baseline or conditions(config)[0].label
+
+
+def _condition(config: Config, index: int, table: Mapping[str, Any]) -> Condition:
+    given = {key: value for key, value, _ in _flat(table) if key}
+    modes = {
+        _ADVANTAGE: given.pop(_ADVANTAGE, config.algorithm.advantage_mode),
+        _TRANSFORM: given.pop(_TRANSFORM, config.algorithm.transform_mode),
+    }
+    label = f"{modes[_ADVANTAGE]}+{modes[_TRANSFORM]}"
+    for key, value in given.items():
+        label += f"~{_short(key)}={value if isinstance(value, str) else literal(value)}"
+    # The label names folders and is typed on command lines.
+    return Condition(re.sub(r"[^\w.+~=,-]+", "-", label, flags=re.ASCII), modes | given, index)
+
+
+def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any, KeyPath]]:
+    """(dotted key, value, path inside the table) of every setting; the key is "" where there is no such setting."""
+    for written, value in table.items():
+        key = _key_of(written)
+        if key:
+            yield key, value, (written,)
+        elif isinstance(value, Mapping):
+            for inner, deep in cast("Mapping[str, Any]", value).items():
+                dotted = f"{written}.{inner}"
+                yield dotted if dotted in settings() else "", deep, (written, inner)
+        else:
+            yield "", value, (written,)
+
+
+def _key_of(written: str) -> str:
+    """The dotted key that a dotted or flat name means; "" for none."""
+    from retrain.config.options import flags
+
+    if written in settings():
+        return written
+    return flags().get("--" + written.replace("_", "-"), "")
+
+
+def _short(key: str) -> str:
+    from retrain.config.options import flags
+
+    name = key.rpartition(".")[2]
+    return name if flags().get("--" + name.replace("_", "-")) == key else key
+
+
+def check(config: Config) -> Iterator[Problem]:
+    """What is wrong with ``[campaign]`` itself; whether each condition makes a run is seen where its runs are planned."""
+    campaign = config.campaign
+    if campaign is None:
+        return
+    for index, table in enumerate(campaign.conditions):
+        yield from _check_condition(index, table)
+    labels = [condition.label for condition in conditions(config)]
+    for label, count in Counter(labels).items():
+        if count > 1:
+            index = len(labels) - 1 - labels[::-1].index(label)
+            yield Problem(
+                ("campaign", "conditions", index), f"condition {label} stands there {count} times.",
+                "remove one, or set something in it that differs.",
+            )  # fmt: skip
+    if campaign.baseline and campaign.baseline not in labels:
+        yield Problem(
+            ("campaign", "baseline"), f"campaign.baseline = {literal(campaign.baseline)} is none of the conditions.",
+            f"name one of {', '.join(labels)}.",
+        )  # fmt: skip
+    if len(labels) < 2:
+        yield Problem(
+            ("campaign", "conditions"), "one condition has nothing to be compared with.",
+            "its runs give a mean over seeds and no verdict.", note=True,
+        )  # fmt: skip
+    for seed, count in Counter(campaign.seeds).items():
+        if count > 1:
+            yield Problem(
+                ("campaign", "seeds"), f"campaign.seeds holds {seed} {count} times.",
+                "a seed counts once: equal runs are no replication.",
+            )  # fmt: skip
+    yield from _check_looks(campaign)
+    yield from _check_launch(campaign)
+    yield from _check_tune(config, campaign)
+    if config.backend.adapter_path:
+        yield Problem(
+            ("backend", "adapter_path"), "backend.adapter_path is one folder, and every run of a campaign has an adapter.",
+            "leave it out: each run keeps its own in its directory.",
+        )  # fmt: skip
+    if not config.eval.source:
+        yield Problem(
+            ("eval", "source"), "eval.source is empty: conditions are compared by the correct rate of training.",
+            "set [eval] source to compare them on held-out tasks.", note=True,
+        )  # fmt: skip
+
+
+def _check_condition(index: int, table: Mapping[str, Any]) -> Iterator[Problem]:
+    seen: set[str] = set()
+    for key, _, path in _flat(table):
+        place: KeyPath = ("campaign", "conditions", index, *path)
+        if not key:
+            yield Problem(
+                place, f"condition {index + 1}: {'.'.join(map(str, path))} is not a setting.",
+                "name a setting as in its own section, such as lr or training.lr.", unknown=True,
+            )  # fmt: skip
+            continue
+        if key in seen:
+            yield Problem(place, f"condition {index + 1} sets {key} twice.", "set it once.")
+        seen.add(key)
+        why = next((_SAME_FOR_ALL[k] for k in (key, key.partition(".")[0]) if k in _SAME_FOR_ALL), "")
+        if why:
+            yield Problem(place, f"condition {index + 1}: {key} cannot differ between conditions: {why}.", "leave it out.")
+
+
+def _check_looks(campaign: Campaign) -> Iterator[Problem]:
+    looks = campaign.looks
+    if looks and (sorted(set(looks)) != list(looks) or looks[-1] != len(campaign.seeds) or looks[0] < 2):
+        yield Problem(
+            ("campaign", "looks"),
+            f"campaign.looks = {literal(list(looks))} must grow from at least 2 to the number of seeds, "
+            f"{len(campaign.seeds)}.",
+            f"for example {literal([max(2, len(campaign.seeds) // 2), len(campaign.seeds)])}.",
+        )  # fmt: skip
+    if len(campaign.seeds) < 2:
+        yield Problem(
+            ("campaign", "seeds"), "one seed says nothing about how much results differ from seed to seed.",
+            "the campaign runs and gives no verdict; use at least 4 seeds, better 8.", note=True,
+        )  # fmt: skip
+
+
+def _check_launch(campaign: Campaign) -> Iterator[Problem]:
+    given, how = campaign.model_fields_set, launcher(campaign)
+    if campaign.parallel and "launcher" in given and campaign.launcher == "serial":
+        yield Problem(
+            ("campaign", "launcher"), 'campaign.parallel = true and launcher = "serial" contradict each other.',
+            'write launcher = "processes", or parallel = false.',
+        )  # fmt: skip
+    if how == "serial" and not campaign.parallel:
+        for key in ("max_workers", "stagger_seconds"):
+            if getattr(campaign, key):
+                yield Problem(
+                    ("campaign", key), f"campaign.{key} does nothing while the runs go one after the other.",
+                    "set parallel = true, or leave it out.", note=True,
+                )  # fmt: skip
+    if campaign.ray_address and how != "ray":
+        yield Problem(
+            ("campaign", "ray_address"), f'campaign.ray_address does nothing with launcher = "{how}".',
+            'write launcher = "ray", or leave it out.',
+        )  # fmt: skip
+
+
+def _check_tune(config: Config, campaign: Campaign) -> Iterator[Problem]:
+    tune = campaign.tune
+    if tune.lr and (tune.values or tune.field):
+        yield Problem(
+            ("campaign", "tune", "lr"), "campaign.tune tries one setting: lr, or the values of field.", "remove one."
+        )
+    if bool(tune.field) != bool(tune.values):
+        yield Problem(
+            ("campaign", "tune"), "campaign.tune.field and values go together.",
+            'for example field = "sepa.steps" and values = [20, 40].',
+        )  # fmt: skip
+    if tune.field and _key_of(tune.field) == "":
+        yield Problem(
+            ("campaign", "tune", "field"), f"campaign.tune.field = {literal(tune.field)} is not a setting.",
+            "name one by its dotted key.",
+        )  # fmt: skip
+    used = sorted(set(tune.seeds) & set(campaign.seeds))
+    if tuned(campaign)[1] and used:
+        yield Problem(
+            ("campaign", "tune", "seeds"), f"seed {used[0]} is one of campaign.seeds: trials need seeds of their own.",
+            "use others for the trials.",
+        )  # fmt: skip
+    for other in ("split", "max_steps"):
+        if not tuned(campaign)[1] and getattr(tune, other):
+            yield Problem(
+                ("campaign", "tune", other), f"campaign.tune.{other} does nothing: no values to try.", "list lr = [...]."
+            )
+    if tuned(campaign)[1] and not config.eval.source:
+        yield Problem(
+            ("campaign", "tune"), "campaign.tune chooses by held-out accuracy, and eval.source is empty.",
+            "set [eval] source.",
+        )  # fmt: skip
+
+
+def tuned(campaign: Campaign) -> tuple[str, tuple[Any, ...]]:
+    """The dotted key that is tuned and the values that are tried; none are, where there is nothing to tune."""
+    tune = campaign.tune
+    if tune.lr:
+        return "training.lr", tune.lr
+    return (_key_of(tune.field), tune.values) if tune.field else ("training.lr", ())
