@@ -169,18 +169,29 @@ def present(devices: str, *, speed: bool = True) -> Device:
     )  # fmt: skip
 
 
-def _cuda(index: int) -> Device | None:
-    """What the driver says of the GPU that the program would see as number ``index``."""
+def visible() -> list[str]:
+    """The GPUs that this program sees, each as CUDA_VISIBLE_DEVICES names it; empty where the driver lists none."""
+    return [name for name, _ in _listed()]
+
+
+def _listed() -> list[tuple[str, list[str]]]:
+    """(how CUDA_VISIBLE_DEVICES names it, what the driver says) of every GPU that this program sees."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,uuid", "--format=csv,noheader,nounits"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return None
+        return []
     rows = [[cell.strip() for cell in line.split(",")] for line in out.splitlines() if line.count(",") >= 2]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        named = [v.strip() for v in visible.split(",") if v.strip()]
-        rows = [r for v in named for i, r in enumerate(rows) if v == str(i) or r[2].startswith(v)]
+    stated = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if stated is None:
+        return [(str(i), row) for i, row in enumerate(rows)]
+    named = [v.strip() for v in stated.split(",") if v.strip()]
+    return [(v, r) for v in named for i, r in enumerate(rows) if v == str(i) or r[2].startswith(v)]
+
+
+def _cuda(index: int) -> Device | None:
+    """What the driver says of the GPU that the program would see as number ``index``."""
+    rows = [row for _, row in _listed()]
     if index >= len(rows) or not rows[index][1].isdecimal():
         return None
     name, size = rows[index][0], int(rows[index][1]) * _MIB
