@@ -37,6 +37,8 @@ def run(arguments: Sequence[str]) -> int:
     if source is None:
         return _no_config()
     loaded = load(source, line.overrides)
+    if loaded.config.campaign is not None:
+        return _campaign(loaded, line)
     if _is_new_run_in_a_used_directory(loaded, line) and sys.stdin.isatty() and sys.stdout.isatty():
         choice = _ask_about(loaded.config.logging.log_dir)
         if choice == "q":
@@ -46,6 +48,27 @@ def run(arguments: Sequence[str]) -> int:
             loaded = load(source, [*line.overrides, continued])
         line.switches |= {"f": {"--fork"}, "o": {"--overwrite"}}.get(choice, set())
     return _exit_code(_execute(loaded, line))
+
+
+def _campaign(loaded: LoadedConfig, line: CommandLine) -> int:
+    """Many runs as one: a new campaign, or the one that --resume names."""
+    for switch in ("--overwrite", "--fork"):
+        if switch in line.switches:
+            raise UsageError(
+                f"{switch} is for one run: a campaign always has a folder of its own.", fix="leave it out."
+            )
+    stop = threading.Event()
+    with _signals(stop):
+        from retrain.campaign.run import execute, stored
+
+        if loaded.config.resume.from_:
+            loaded = stored(Path(loaded.config.resume.from_), line.overrides)
+        result = execute(loaded, plain="--plain" in line.switches, stop=stop)
+    left = sum(count for state, count in result.counts.items() if state != "done")
+    if left:
+        print(f"{left} of {sum(result.counts.values())} runs are not done. Go on with: {_program()} --resume {result.directory}")
+    print(f"Look at it: {_program()} report {result.directory}")
+    return {"done": 0, "failed": 1, "interrupted": EXIT_INTERRUPTED}[result.status]
 
 
 def demo(arguments: Sequence[str]) -> int:
@@ -196,6 +219,9 @@ def _signals(stop: threading.Event) -> Generator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             # No clean-up: a running kernel or a lock would keep exit handlers waiting.
+            launchers = sys.modules.get("retrain.campaign.launchers")
+            if launchers is not None:
+                launchers.kill_all()
             os.write(2, b"\nStopped at once; the newest checkpoint is what is left.\n")
             os._exit(EXIT_INTERRUPTED)
         stop.set()

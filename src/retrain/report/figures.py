@@ -96,7 +96,7 @@ def _learning(data: RunData) -> list[Plot]:
 
 
 def _evaluation(data: RunData) -> list[Plot]:
-    figure = _empty(share=True)
+    figure = empty(share=True)
     said: list[str] = []
     for i, suite in enumerate(data.suites):
         rows = [(row, data.accuracy(row, suite)) for row in data.evaluations]
@@ -109,12 +109,12 @@ def _evaluation(data: RunData) -> list[Plot]:
         name = suite_name(data, suite)
         figure.add_trace(
             _go.Scatter(
-                x=[step for step, _ in known], y=_rounded(y), name=name, mode="lines+markers",
+                x=[step for step, _ in known], y=rounded(y), name=name, mode="lines+markers",
                 line={"color": PALETTE[i % len(PALETTE)], "width": 2}, marker={"size": 6},
                 error_y={
                     "type": "data", "symmetric": False, "thickness": 1.2, "width": 3,
-                    "array": _rounded([high - p for _, (p, _, high) in known]),
-                    "arrayminus": _rounded([p - low for _, (p, low, _) in known]),
+                    "array": rounded([high - p for _, (p, _, high) in known]),
+                    "arrayminus": rounded([p - low for _, (p, low, _) in known]),
                 },
                 customdata=[[interval(found, label="")] for _, found in known],
                 hovertemplate="%{y:.1%} (%{customdata[0]})<extra>%{fullData.name}</extra>",
@@ -234,7 +234,7 @@ def _signal(data: RunData) -> list[Plot]:
     groups = data.curve("batch_size")
     if groups is None:
         return []
-    figure = _empty(share=True)
+    figure = empty(share=True)
     shares: list[tuple[str, Series]] = []
     for key, label in _REASONS.items():
         found = data.curve(f"skipped_{key}")
@@ -272,7 +272,7 @@ def _time(data: RunData) -> list[Plot]:
     made: list[Plot] = []
     found = phases(data)
     if found:
-        figure = _empty(unit="seconds")
+        figure = empty(unit="seconds")
         for i, (label, seconds) in enumerate(found):
             colour = QUIET if label == "rest" else PALETTE[i % len(PALETTE)]
             _bars(figure, data, label, seconds, colour, "%{y:.3~s}s")
@@ -305,7 +305,7 @@ def _bars(figure: Any, data: RunData, label: str, values: Series, colour: str, f
     width = np.diff(x, append=data.steps_S[-1] + 1)
     figure.add_trace(
         _go.Bar(
-            x=x.tolist(), y=_rounded(y), width=width.tolist(), offset=0 if len(x) < len(data.steps_S) else None, name=label,
+            x=x.tolist(), y=rounded(y), width=width.tolist(), offset=0 if len(x) < len(data.steps_S) else None, name=label,
             marker={"color": colour, "line": {"width": 0}}, hovertemplate=form,
         )
     )  # fmt: skip
@@ -337,7 +337,7 @@ def _curve(
     if not known:
         return []
     steps = data.steps_S
-    figure = _empty(share=share, log=log, unit=unit)
+    figure = empty(share=share, log=log, unit=unit)
     if zero:
         figure.update_yaxes(rangemode="tozero")
     window = window_of(len(steps))
@@ -357,7 +357,7 @@ def _curve(
         blind = smooth and (len(x) < len(steps) or len(known) > 1)
         figure.add_trace(
             _go.Scatter(
-                x=x.tolist(), y=_rounded(y), name=f"{line.label}, each step" if smooth else line.label,
+                x=x.tolist(), y=rounded(y), name=f"{line.label}, each step" if smooth else line.label,
                 mode="lines" if len(x) > 1 else "markers", legendgroup=line.label, showlegend=not smooth and len(known) > 1,
                 line={"color": colour, "width": 1 if smooth else 1.8}, opacity=1 if not smooth else 0.35 if few else 0.2,
                 hoverinfo="skip" if blind else None, hovertemplate=None if blind else f"%{{y{form}}}",
@@ -367,7 +367,7 @@ def _curve(
             x, y = every_nth(steps, trailing_mean(values, window), smooth_points)
             figure.add_trace(
                 _go.Scatter(
-                    x=x.tolist(), y=_rounded(y), name=line.label, mode="lines", legendgroup=line.label, showlegend=len(known) > 1,
+                    x=x.tolist(), y=rounded(y), name=line.label, mode="lines", legendgroup=line.label, showlegend=len(known) > 1,
                     line={"color": colour, "width": 2}, hovertemplate=f"%{{y{form}}}",
                 )
             )  # fmt: skip
@@ -410,7 +410,8 @@ def _mark(figure: Any, data: RunData, vitals: Sequence[str]) -> None:
         )  # fmt: skip
 
 
-def _empty(*, share: bool = False, log: bool = False, unit: str = "") -> Any:
+def empty(*, share: bool = False, log: bool = False, unit: str = "") -> Any:
+    """A figure without marks, as every plot of a report begins; see ``Plot``."""
     figure = _go.Figure()
     figure.update_layout(
         template="none", height=260, margin={"l": 52, "r": 12, "t": 8, "b": 44}, hovermode="x unified",
@@ -429,7 +430,7 @@ def _empty(*, share: bool = False, log: bool = False, unit: str = "") -> Any:
     return figure
 
 
-def _rounded(values: Any) -> list[float | None]:
+def rounded(values: Any) -> list[float | None]:
     """Six digits, and null where nothing is known, which breaks the line."""
     return [None if value is None or math.isnan(value) else float(f"{value:.6g}") for value in values]
 
@@ -441,13 +442,13 @@ def overlay(runs: Sequence[RunData], metrics: Mapping[str, tuple[str, bool, str]
     """
     colours = _colours(runs)
     made: list[Plot] = []
-    figure = _empty(share=True)
+    figure = empty(share=True)
     for run, label, (colour, dash) in zip(runs, labels(runs), colours, strict=True):
         known = [(row, found) for row in run.evaluations if (found := run.accuracy(row)) is not None]
         if known:
             figure.add_trace(
                 _go.Scatter(
-                    x=[row["step"] for row, _ in known], y=_rounded([p for _, (p, _, _) in known]),
+                    x=[row["step"] for row, _ in known], y=rounded([p for _, (p, _, _) in known]),
                     name=label,
                     mode="lines+markers", line={"color": colour, "width": 1.8, "dash": dash}, marker={"size": 5},
                     hovertemplate="%{y:.1%}",
@@ -457,7 +458,7 @@ def overlay(runs: Sequence[RunData], metrics: Mapping[str, tuple[str, bool, str]
         text = "Held-out accuracy after so many steps. The table has the intervals."
         made.append(Plot("evaluation", "Evaluation", text, figure, "learning"))
     for key, (title, share, unit) in metrics.items():
-        figure = _empty(share=share, unit=unit)
+        figure = empty(share=share, unit=unit)
         for run, label, (colour, dash) in zip(runs, labels(runs), colours, strict=True):
             values = run.curve(key)
             if values is None:
@@ -466,7 +467,7 @@ def overlay(runs: Sequence[RunData], metrics: Mapping[str, tuple[str, bool, str]
             x, y = every_nth(run.steps_S, trailing_mean(values, window), _SMOOTH_POINTS // 2)
             figure.add_trace(
                 _go.Scatter(
-                    x=x.tolist(), y=_rounded(y), name=label, mode="lines" if len(x) > 1 else "markers",
+                    x=x.tolist(), y=rounded(y), name=label, mode="lines" if len(x) > 1 else "markers",
                     line={"color": colour, "width": 1.8, "dash": dash},
                     hovertemplate="%{y:.1%}" if share else "%{y:.4g}",
                 )

@@ -16,17 +16,17 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~])")
 
 def run(data: RunData, shown: Shown, *, page: str, made: str) -> str:
     """One run. ``page`` is the name of the HTML file beside this one, ``made`` says when and by which version."""
-    lines = [f"# {_text(data.title)}", "", made, ""]
+    lines = [f"# {plain(data.title)}", "", made, ""]
     for fact in content.headline(data):
         lines.append(
-            f"- **{_text(fact.label)}**: {_text(fact.value)}{f' ({_text(fact.note)})' if fact.note else ''}"
+            f"- **{plain(fact.label)}**: {plain(fact.value)}{f' ({plain(fact.note)})' if fact.note else ''}"
         )
     lines += ["", "## Alarms", ""]
     alarms = content.alarm_lines(data)
     for alarm in alarms:
         still = "outside now" if alarm.now else "over"
         lines.append(
-            f"- **{_text(alarm.title)}** ({alarm.when}; {still}): {_text(alarm.message)} {_text(alarm.advice)}"
+            f"- **{plain(alarm.title)}** ({alarm.when}; {still}): {plain(alarm.message)} {plain(alarm.advice)}"
         )
     if not alarms:
         lines.append("None.")
@@ -36,7 +36,7 @@ def run(data: RunData, shown: Shown, *, page: str, made: str) -> str:
         ("Core metrics", content.vitals(data)), ("Settings", chosen), ("Settings left at their defaults", left),
         ("Resumes", content.resumes(data)), ("Warnings", content.warnings(data)), ("Recorded", content.machine(data)),
     ):  # fmt: skip
-        lines += ["", f"## {title}", "", *_table(table)]
+        lines += ["", f"## {title}", "", *table_lines(table)]
     if data.events.error:
         lines += [
             "",
@@ -55,23 +55,24 @@ def run(data: RunData, shown: Shown, *, page: str, made: str) -> str:
 
 def several(runs: Sequence[RunData], *, title: str, note: str, made: str) -> str:
     """Several runs side by side."""
-    lines = [f"# {_text(title)}", "", made, "", note, "", "## Runs", "", *_table(content.several(runs))]
-    lines += ["", "## Settings that differ", "", *_table(content.differing(runs))]
+    lines = [f"# {plain(title)}", "", made, "", note, "", "## Runs", "", *table_lines(content.several(runs))]
+    lines += ["", "## Settings that differ", "", *table_lines(content.differing(runs))]
     return "\n".join([*lines, ""])
 
 
-def _table(table: Table | None) -> list[str]:
+def table_lines(table: Table | None) -> list[str]:
+    """A table; "None." where there is nothing to show."""
     if table is None or not table.rows:
         return ["None."]
     rule = ["---:" if i in table.numeric else "---" for i in range(len(table.columns))]
     rows = [
-        f"| {' | '.join(_text(column) for column in table.columns)} |",
+        f"| {' | '.join(plain(column) for column in table.columns)} |",
         f"| {' | '.join(rule)} |",
-        *(f"| {' | '.join(_text(cell) for cell in row)} |" for row in table.rows),
+        *(f"| {' | '.join(plain(cell) for cell in row)} |" for row in table.rows),
     ]
-    return [*rows, *(["", _text(table.note)] if table.note else [])]
+    return [*rows, *(["", plain(table.note)] if table.note else [])]
 
 
-def _text(text: str) -> str:
+def plain(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     return _SPECIAL.sub(r"\\\1", visible(" ".join(text.split("\n")))).strip()

@@ -34,25 +34,25 @@ def run(data: RunData, plots: Sequence[Plot], shown: Shown, *, twin: str, made: 
     }
     parts: list[tuple[str, str, str]] = [("result", "", _headline(data)), ("alarms", "Alarms", _alarms(data))]
     for group, (title, question) in groups.items():
-        body = _figures([plot for plot in plots if plot.group == group])
+        body = plots_of([plot for plot in plots if plot.group == group])
         if group == "learning":
-            body += _folded("Evaluations as a table", content.evaluations(data))
+            body += folded("Evaluations as a table", content.evaluations(data))
         if group == "time":
-            body += _folded("Times as a table", content.timing(data))
+            body += folded("Times as a table", content.timing(data))
         if body:
             parts.append((group, title, f'<p class="note">{question}</p>{body}'))
     chosen, left = content.settings(data)
     parts += [
-        ("metrics", "Core metrics", _table(content.vitals(data))),
+        ("metrics", "Core metrics", table_of(content.vitals(data))),
         ("rollouts", "Rollouts", _rollouts(data, shown)),
         (
             "settings", "Settings",
-            (_table(chosen) or '<p class="note">config.toml is missing or cannot be read.</p>')
-            + _folded("Settings left at their defaults", left),
+            (table_of(chosen) or '<p class="note">config.toml is missing or cannot be read.</p>')
+            + folded("Settings left at their defaults", left),
         ),
         ("record", "Record", _record(data)),
     ]  # fmt: skip
-    return _page(data.title, "retrain run", parts, plots, made=made, twin=twin, more="".join(elements(shown)))
+    return document(data.title, "retrain run", parts, plots, made=made, twin=twin, more="".join(elements(shown)))
 
 
 def several(
@@ -60,14 +60,14 @@ def several(
 ) -> str:
     """The page of several runs."""
     parts = [
-        ("runs", "", f'<p class="note">{_text(note)}</p>{_table(content.several(runs))}'),
-        ("curves", "Curves", _figures(plots) or '<p class="note">No run has completed a step.</p>'),
-        ("settings", "Settings that differ", _table(content.differing(runs)) or '<p class="note">None.</p>'),
+        ("runs", "", f'<p class="note">{escaped(note)}</p>{table_of(content.several(runs))}'),
+        ("curves", "Curves", plots_of(plots) or '<p class="note">No run has completed a step.</p>'),
+        ("settings", "Settings that differ", table_of(content.differing(runs)) or '<p class="note">None.</p>'),
     ]
-    return _page(title, f"{len(runs)} retrain runs", parts, plots, made=made, twin=twin)
+    return document(title, f"{len(runs)} retrain runs", parts, plots, made=made, twin=twin)
 
 
-def _page(
+def document(
     title: str, kicker: str, parts: Sequence[tuple[str, str, str]], plots: Sequence[Plot], *, made: str, twin: str, more: str = ""
 ) -> str:  # fmt: skip
     offline: Any = importlib.import_module("plotly.offline")
@@ -78,20 +78,20 @@ def _page(
         f'<script type="application/json" id="figure-{p.name}">{_embedded(p.json)}</script>' for p in plots
     )
     sections = "".join(
-        f'<section id="{name}" aria-label="{_text(heading or "Result")}">'
-        f"{f'<h2>{_text(heading)}</h2>' if heading else ''}{body}</section>"
+        f'<section id="{name}" aria-label="{escaped(heading or "Result")}">'
+        f"{f'<h2>{escaped(heading)}</h2>' if heading else ''}{body}</section>"
         for name, heading, body in parts
     )
     return Template((_ASSETS / "page.html").read_text(encoding="utf-8")).substitute(
         policy=_policy(plotly, script),
         generator=f"retrain {__version__}",
-        title=_text(title),
-        heading=_text(title),
-        kicker=_text(kicker),
+        title=escaped(title),
+        heading=escaped(title),
+        kicker=escaped(kicker),
         style=(_ASSETS / "page.css").read_text(encoding="utf-8"),
-        nav="".join(f'<a href="#{name}">{_text(heading or "Result")}</a>' for name, heading, _ in parts),
+        nav="".join(f'<a href="#{name}">{escaped(heading or "Result")}</a>' for name, heading, _ in parts),
         body=sections,
-        made=f"{_text(made)} The same as text: {_text(twin)}, beside this file.",
+        made=f"{escaped(made)} The same as text: {escaped(twin)}, beside this file.",
         data=data + more,
         plotly=plotly,
         script=script,
@@ -115,7 +115,7 @@ def _embedded(json: str) -> str:
     return json
 
 
-def _text(text: str) -> str:
+def escaped(text: str) -> str:
     return html.escape(visible(text))
 
 
@@ -125,10 +125,10 @@ def _headline(data: RunData) -> str:
         style = ["long"] if len(fact.value) > _LONG else []
         if fact.label == "Status":
             style.append(f"state-{data.state}")
-        note = f'<dd class="by">{_text(fact.note)}</dd>' if fact.note else ""
+        note = f'<dd class="by">{escaped(fact.note)}</dd>' if fact.note else ""
         name = f' class="{" ".join(style)}"' if style else ""
         wide = " class=wide" if fact.label == "Where" else ""
-        cells.append(f"<div{wide}><dt>{_text(fact.label)}</dt><dd{name}>{_text(fact.value)}</dd>{note}</div>")
+        cells.append(f"<div{wide}><dt>{escaped(fact.label)}</dt><dd{name}>{escaped(fact.value)}</dd>{note}</div>")
     return f'<dl class="facts">{"".join(cells)}</dl>'
 
 
@@ -137,26 +137,26 @@ def _alarms(data: RunData) -> str:
     if not lines:
         return f'<p class="note">{"No step has completed yet." if not data.done else "None was raised."}</p>'
     items = [
-        f"<li{' class=now' if line.now else ''}><p><strong>{_text(line.title)}</strong> "
-        f'<span class="when">{_text(line.when)}{"; outside its range now" if line.now else "; over"}</span></p>'
-        f"<p>{_text(line.message)} {_text(line.advice)}</p></li>"
+        f"<li{' class=now' if line.now else ''}><p><strong>{escaped(line.title)}</strong> "
+        f'<span class="when">{escaped(line.when)}{"; outside its range now" if line.now else "; over"}</span></p>'
+        f"<p>{escaped(line.message)} {escaped(line.advice)}</p></li>"
         for line in lines
     ]
     return f'<ul class="alarms">{"".join(items)}</ul>'
 
 
-def _figures(plots: Sequence[Plot]) -> str:
+def plots_of(plots: Sequence[Plot]) -> str:
     made = [
         f'<figure aria-labelledby="title-{p.name}" aria-describedby="caption-{p.name}">'
-        f'<h3 id="title-{p.name}">{_text(p.title)}</h3>'
+        f'<h3 id="title-{p.name}">{escaped(p.title)}</h3>'
         f'<div class="plot" id="plot-{p.name}" data-figure="figure-{p.name}"></div>'
-        f'<figcaption id="caption-{p.name}">{_text(p.caption)}</figcaption></figure>'
+        f'<figcaption id="caption-{p.name}">{escaped(p.caption)}</figcaption></figure>'
         for p in plots
     ]
     return f'<div class="plots">{"".join(made)}</div>' if made else ""
 
 
-def _table(table: Table | None) -> str:
+def table_of(table: Table | None) -> str:
     if table is None or not table.rows:
         return ""
 
@@ -164,32 +164,32 @@ def _table(table: Table | None) -> str:
         style = (
             "numeric" if i in table.numeric else {"outside now": "now", "was outside": "was"}.get(text, "")
         )
-        return f"<{tag}{f' class={style}' if style else ''}>{_text(text)}</{tag}>"
+        return f"<{tag}{f' class={style}' if style else ''}>{escaped(text)}</{tag}>"
 
     head = "".join(cell(i, text, "th") for i, text in enumerate(table.columns))
     rows = "".join(
         f"<tr>{''.join(cell(i, text, 'td') for i, text in enumerate(row))}</tr>" for row in table.rows
     )
-    note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
+    note = f'<p class="note">{escaped(table.note)}</p>' if table.note else ""
     return (
-        f'<div class="scroll" role="region" aria-label="Table: {_text(table.columns[0])}" tabindex="0"><table><thead><tr>{head}'
+        f'<div class="scroll" role="region" aria-label="Table: {escaped(table.columns[0])}" tabindex="0"><table><thead><tr>{head}'
         f"</tr></thead><tbody>{rows}</tbody></table></div>{note}"
     )
 
 
-def _folded(title: str, table: Table | None) -> str:
-    inner = _table(table)
-    return f"<details><summary>{_text(title)}</summary>{inner}</details>" if inner else ""
+def folded(title: str, table: Table | None) -> str:
+    inner = table_of(table)
+    return f"<details><summary>{escaped(title)}</summary>{inner}</details>" if inner else ""
 
 
 def _record(data: RunData) -> str:
     resumes, warnings = content.resumes(data), content.warnings(data)
-    made = [f"<h3>Resumes</h3>{_table(resumes)}" if resumes else '<p class="note">Never resumed.</p>']
+    made = [f"<h3>Resumes</h3>{table_of(resumes)}" if resumes else '<p class="note">Never resumed.</p>']
     if warnings:
-        made.append(f"<h3>Warnings</h3>{_table(warnings)}")
+        made.append(f"<h3>Warnings</h3>{table_of(warnings)}")
     if data.events.error:
-        made.append(f"<h3>Last error</h3><pre>{_text(data.events.error)}</pre>")
-    machine = _table(content.machine(data))
+        made.append(f"<h3>Last error</h3><pre>{escaped(data.events.error)}</pre>")
+    machine = table_of(content.machine(data))
     made.append(
         f"<h3>Versions, device and digests</h3>{machine}"
         if machine
@@ -203,7 +203,7 @@ def _rollouts(data: RunData, shown: Shown) -> str:
         return '<p class="note">No rollout was stored as text: logging.generations is 0, or no step has completed yet.</p>'
     left = shown.total - len(shown.rows)
     said = content.rollouts_note(shown)
-    verdicts = f'<p class="note">{_text(said)}</p>' if said else ""
+    verdicts = f'<p class="note">{escaped(said)}</p>' if said else ""
     note = f"All {shown.total:,} rollouts that the run stored as text (the first few of every step)."
     if left:
         note = (
@@ -211,7 +211,7 @@ def _rollouts(data: RunData, shown: Shown) -> str:
             f"the first, the last, steps with alarms, and an even sample of the others. {left:,} are left out to keep this "
             f"file small; all are in {data.record.path / layout.GENERATIONS}."
         )
-    return f"""<p class="note">{_text(note)} <kbd>n</kbd> and <kbd>p</kbd> go to the next and the previous one,
+    return f"""<p class="note">{escaped(note)} <kbd>n</kbd> and <kbd>p</kbd> go to the next and the previous one,
 <kbd>/</kbd> searches, arrow keys walk through the list and through tokens.</p>{verdicts}
 <form class="filters" id="filters">
 <label>Steps<span class="pair"><input type="number" name="from" min="0" placeholder="from" aria-label="From step">

@@ -33,6 +33,8 @@ CAMPAIGN_TRIALS = "trials"
 """Runs that chose a setting for each condition before the campaign's own."""
 CAMPAIGN_OUTPUT = "output"
 """What each run's process printed."""
+CAMPAIGN_PROCESSES = "processes.jsonl"
+"""How each process of a campaign ended, and what it used."""
 
 MANIFEST = "manifest.json"
 """Inside a checkpoint: sizes and checksums of its files, written last."""

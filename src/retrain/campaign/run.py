@@ -1,0 +1,277 @@
+"""A campaign from its configuration to its end: the design written down first, then every run that is not done yet."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from retrain import cards
+from retrain.campaign import manifest, outcomes, plan
+from retrain.campaign.launchers import Ended, Job, Launcher, Processes
+from retrain.campaign.manifest import Manifest
+from retrain.campaign.plan import Plan, PlannedRun
+from retrain.config import campaigns
+from retrain.config.load import LoadedConfig, Override, dump_toml, load
+from retrain.config.schema import Campaign, Config
+from retrain.errors import ConfigError, ResumeError
+from retrain.preflight import check_writable, expanded
+from retrain.tracking import layout
+from retrain.tracking.read import RunRecord
+from retrain.tracking.run_log import write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows has no advisory locks of this kind
+    fcntl = None
+
+log = logging.getLogger("retrain")
+
+RESUMABLE = ("parallel", "max_workers", "stagger_seconds", "launcher", "ray_address", "seeds")
+"""Settings of [campaign] that may differ when a campaign goes on: how its runs are started, and more seeds."""
+
+
+@dataclass(frozen=True, slots=True)
+class CampaignResult:
+    """How a campaign ended: "failed" when any run did. ``counts`` are runs per state."""
+
+    status: Literal["done", "interrupted", "failed"]
+    directory: Path
+    counts: dict[str, int]
+
+
+class View(Protocol):
+    """What shows a campaign's progress."""
+
+    def begun(self, job: Job) -> None:
+        """A run's process has started."""
+        ...
+
+    def ended(self, ended: Ended) -> None:
+        """A run's process has ended."""
+        ...
+
+    def tick(self) -> None:
+        """Some time has passed."""
+        ...
+
+
+def execute(
+    loaded: LoadedConfig, *, plain: bool = False, stop: threading.Event | None = None
+) -> CampaignResult:
+    """Run the campaign that ``loaded`` describes, or go on with the one in ``resume.from``."""
+    stop = stop or threading.Event()
+    if loaded.config.resume.from_:
+        directory = expanded(loaded.config.resume.from_, "resume.from").resolve()
+        with _locked(directory), _logging(directory):
+            return _continue(directory, loaded, plain=plain, stop=stop)
+    root = _root(loaded)
+    check_writable(root, "logging.log_dir")
+    directory = _new_directory(root)
+    planned = plan.plan(plan.anchored(loaded), name=directory.name)
+    declared = plan.declare(planned, directory.name, threads=plan.threads_of(loaded.config))
+    directory.mkdir(parents=True)
+    with _locked(directory), _logging(directory):
+        for line in loaded.announcements:
+            log.info(line)
+        write_atomically(directory / layout.CONFIG, dump_toml(_stored(planned.loaded.config)))
+        manifest.write(directory, declared)
+        return _run(directory, planned, declared, plain=plain, stop=stop)
+
+
+def _root(loaded: LoadedConfig) -> Path:
+    given = "log_dir" in loaded.config.logging.model_fields_set
+    return expanded(loaded.config.logging.log_dir if given else "logs", "logging.log_dir").absolute()
+
+
+def _new_directory(root: Path) -> Path:
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+    directory, number = root / f"campaign_{stamp}", 1
+    while directory.exists():
+        number += 1
+        directory = root / f"campaign_{stamp}-{number}"
+    return directory
+
+
+def _stored(config: Config) -> Config:
+    """The configuration as the campaign's directory keeps it: it loads back from any folder."""
+    campaign = config.campaign or Campaign()
+    launcher = campaigns.launcher(campaign)
+    campaign = campaign.model_copy(update={"launcher": launcher})
+    resume = config.resume.model_copy(update={"from_": ""})
+    return config.model_copy(update={"campaign": campaign, "resume": resume})
+
+
+def stored(directory: Path, overrides: Sequence[Override] = ()) -> LoadedConfig:
+    """The configuration of the campaign in ``directory``; ResumeError where ``overrides`` would change its design."""
+    for override in overrides:
+        key = ".".join(override.path)
+        if key != "resume.from" and key not in {f"campaign.{name}" for name in RESUMABLE}:
+            raise ResumeError(
+                f"{override.flag or key}: a campaign that goes on keeps its design.",
+                fix=f"only {', '.join(RESUMABLE)} may differ; start a new campaign for another design.",
+            )
+    return load(directory / layout.CONFIG, overrides)
+
+
+def _continue(directory: Path, loaded: LoadedConfig, *, plain: bool, stop: threading.Event) -> CampaignResult:
+    known = manifest.read(directory)
+    campaign = loaded.config.campaign or Campaign()
+    seeds = known.seeds
+    if campaign.seeds[: len(seeds)] != seeds and campaign.seeds != known.declared.seeds:
+        raise ResumeError(
+            f"{directory} has the seeds {', '.join(map(str, seeds))}: they stay, and others may only follow them.",
+            fix="list them first.",
+        )
+    if campaign.seeds != known.declared.seeds and len(campaign.seeds) > len(seeds):
+        known = replace(known, added=campaign.seeds[len(known.declared.seeds) :])
+        log.info("Seeds beyond the declared ones: what is said about them is exploratory.")
+        manifest.write(directory, known)
+    planned = plan.plan(loaded, name=directory.name, seeds=known.seeds, chosen=known.chosen)
+    return _run(directory, planned, known, plain=plain, stop=stop)
+
+
+def _run(
+    directory: Path, planned: Plan, known: Manifest, *, plain: bool, stop: threading.Event
+) -> CampaignResult:
+    run_all(directory / layout.CAMPAIGN_RUNS, planned.runs, planned, known, plain=plain, stop=stop)
+    counts = outcomes.counts(outcomes.gather(directory, known))
+    status: Literal["done", "interrupted", "failed"] = "done"
+    if stop.is_set() and set(counts) != {"done"}:
+        status = "interrupted"
+    elif set(counts) != {"done"}:
+        status = "failed"
+    return CampaignResult(status, directory, counts)
+
+
+def run_all(
+    root: Path, runs: Sequence[PlannedRun], planned: Plan, known: Manifest, *, plain: bool, stop: threading.Event
+) -> None:
+    """Bring every run below ``root`` that is not done to its end, resuming what was begun."""
+    todo = [run for run in runs if not is_done(root / run.name, known.declared.max_steps)]
+    finished = len(runs) - len(todo)
+    if finished:
+        log.info("%d of %d runs are done already.", finished, len(runs))
+    if not todo:
+        return
+    jobs = [_job(root, run) for run in todo]
+    view = _Lines(len(runs), finished)
+    _check_space(root)
+    _launcher(planned, known).run(
+        jobs, stop=stop, begun=view.begun, ended=lambda end: _note(root.parent, end, view), tick=view.tick
+    )
+
+
+def _job(root: Path, run: PlannedRun) -> Job:
+    directory = root / run.name
+    config = root / f"{run.name}.toml"
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomically(config, dump_toml(plan.placed(run, directory)), durable=False)
+    return Job(run.name, config, directory, root.parent / layout.CAMPAIGN_OUTPUT / f"{run.name}.txt")
+
+
+def is_done(directory: Path, max_steps: int) -> bool:
+    """Has the run in ``directory`` come to its end?"""
+    if not layout.holds_run(directory):
+        return False
+    run = RunRecord(directory)
+    return run.state == "done" and run.facts.get("step") == max_steps
+
+
+def _launcher(planned: Plan, known: Manifest) -> Launcher:
+    config, campaign = planned.loaded.config, planned.campaign
+    devices = [] if config.backend.devices == "cpu" else cards.visible()
+    how = campaigns.launcher(campaign)
+    return Processes(
+        workers=plan.workers(config),
+        threads=known.declared.threads,
+        devices=devices if how == "processes" else (),
+        stagger_s=campaign.stagger_seconds if how == "processes" else 0.0,
+    )
+
+
+def _note(directory: Path, end: Ended, view: View) -> None:
+    """Keep what a process used: the cost of the campaign is their sum."""
+    record: dict[str, Any] = {
+        "name": end.job.name, "code": end.code, "seconds": round(end.seconds, 3), "cpu_s": end.cpu_s,
+        "peak_bytes": end.peak_bytes, "time": time.time(), "why": end.why,
+    }  # fmt: skip
+    with (directory / layout.CAMPAIGN_PROCESSES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    view.ended(end)
+
+
+class _Lines:
+    """A line for each run that ends."""
+
+    def __init__(self, total: int, finished: int) -> None:
+        self._total, self._ended = total, finished
+
+    def begun(self, job: Job) -> None:
+        log.info("Started %s.", job.name)
+
+    def ended(self, ended: Ended) -> None:
+        self._ended += ended.code == 0
+        run = RunRecord(ended.job.directory)
+        last = run.evaluations[-1:] or run.steps[-1:]
+        value = next((row[k] for row in last for k in ("eval/accuracy", "correct_rate") if row.get(k) is not None), None)
+        said = f" {value:.1%}" if value is not None else ""
+        if ended.code:
+            log.warning("%s did not finish: %s (its output: %s).", ended.job.name, ended.why, ended.job.output)
+        else:
+            log.info("[%d/%d] %s:%s in %.0f s.", self._ended, self._total, ended.job.name, said, ended.seconds)
+
+    def tick(self) -> None:
+        pass
+
+
+def _check_space(root: Path) -> None:
+    free = shutil.disk_usage(root).free
+    if free < 2**28:
+        raise ConfigError(f"{root}: only {free / 2**20:.0f} MB are free there.", fix="make room, or give another --log-dir.")
+
+
+@contextmanager
+def _locked(directory: Path) -> Generator[None]:
+    """Hold the campaign against another process that would start the same runs."""
+    with (directory / layout.LOCK).open("a") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigError(
+                    f"another process is running the campaign in {directory}.", fix="wait for it, or stop it."
+                ) from error
+        yield
+
+
+@contextmanager
+def _logging(directory: Path) -> Generator[None]:
+    """Show the package's log on the console and keep it in the campaign's events.log."""
+    from retrain.sinks import ConsoleHandler
+
+    file = logging.FileHandler(directory / layout.EVENTS, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    console = ConsoleHandler()
+    console.setLevel(logging.INFO)
+    before, log.propagate = log.propagate, False
+    log.setLevel(logging.DEBUG)
+    for handler in (file, console):
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.propagate = before
+        for handler in (file, console):
+            log.removeHandler(handler)
+            with contextlib.suppress(OSError):
+                handler.close()
