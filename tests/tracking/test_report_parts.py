@@ -305,11 +305,11 @@ def test_settings_that_nobody_chose_are_folded_away(tmp_path):
 
 
 def test_a_secret_that_a_run_holds_is_not_published(tmp_path):
-    config = _made["CONFIG"].format(steps=2) + '[backend]\noptions = {deep = [{authorization = "q9q9"}], x = 1}\n'
+    config = _made["CONFIG"].format(steps=2) + '[backend]\noptions = {deep = [{authorization = "q9q9_mine"}], x = 1}\n'
     made = write(fabricate(tmp_path / "run", 2, config=config))
     for name in ("html", "markdown"):
         text = Path(made[name]).read_text()
-        assert "q9q9" not in text
+        assert "q9q9_mine" not in text
         assert "hidden: it holds what looks like a secret" in text
 
 

@@ -18,8 +18,8 @@ from retrain.tracking.run_log import write_atomically
 
 DEFAULT_MB = 15
 LEAST_MB = 7
-_FIXED = 6_000_000
-"""Bytes of the page besides rollouts: plotly, and at most a million for curves and tables."""
+_FIXED = 3_000_000
+"""Bytes of the page besides rollouts: plotly, packed, and at most a million for curves and tables."""
 _MOST_RUNS = 64
 _OURS = {
     ".html": re.compile(rb'<meta name="generator" content="retrain '),

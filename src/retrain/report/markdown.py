@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from retrain.report import content
 from retrain.report.content import Table
 from retrain.report.gather import RunData
+from retrain.report.parts import Block, Facts, Items, Note, Plots, Section
 from retrain.report.rollouts import Shown
 from retrain.report.visible import visible
 
@@ -58,6 +59,34 @@ def several(runs: Sequence[RunData], *, title: str, note: str, made: str) -> str
     lines = [f"# {plain(title)}", "", made, "", note, "", "## Runs", "", *table_lines(content.several(runs))]
     lines += ["", "## Settings that differ", "", *table_lines(content.differing(runs))]
     return "\n".join([*lines, ""])
+
+
+def sections(shown: Sequence[Section], *, title: str, made: str) -> str:
+    """A report that is given as sections; of plots it holds what their captions say."""
+    lines = [f"# {plain(title)}", "", made]
+    for part in shown:
+        lines += ["", f"## {plain(part.heading)}"] if part.heading else []
+        for block in part.blocks:
+            lines += _block(block)
+    return "\n".join([*lines, ""])
+
+
+def _block(block: Block) -> list[str]:
+    if isinstance(block, Note):
+        return ["", plain(block.text)]
+    if isinstance(block, Facts):
+        notes = [f" ({plain(fact.note)})" if fact.note else "" for fact in block.facts]
+        return [
+            "",
+            *(f"- **{plain(fact.label)}**: {plain(fact.value)}{n}" for fact, n in zip(block.facts, notes, strict=True)),
+        ]
+    if isinstance(block, Items):
+        return ["", *(f"- **{plain(item.title)}**: {plain(item.text)}" for item in block.items)]
+    if isinstance(block, Plots):
+        return ["", *(f"- **{plain(plot.title)}** (plot): {plain(plot.caption)}" for plot in block.plots)]
+    if not block.table.rows:
+        return []
+    return [*(["", f"### {plain(block.heading)}"] if block.heading else []), "", *table_lines(block.table)]
 
 
 def table_lines(table: Table | None) -> list[str]:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import importlib
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -16,6 +17,7 @@ from retrain.report import content
 from retrain.report.content import Table
 from retrain.report.figures import Plot
 from retrain.report.gather import RunData
+from retrain.report.parts import Block, Facts, Items, Note, Plots, Section, plots_in
 from retrain.report.rollouts import Shown, elements
 from retrain.report.visible import visible
 from retrain.tracking import layout
@@ -67,9 +69,40 @@ def several(
     return document(title, f"{len(runs)} retrain runs", parts, plots, made=made, twin=twin)
 
 
+def sections(shown: Sequence[Section], *, title: str, kicker: str, twin: str, made: str) -> str:
+    """The page of a report that is given as sections."""
+    parts = [(part.name, part.heading, "".join(map(_block, part.blocks))) for part in shown]
+    return document(title, kicker, parts, plots_in(shown), made=made, twin=twin)
+
+
+def _block(block: Block) -> str:
+    if isinstance(block, Note):
+        return f"<p{'' if block.loud else ' class=note'}>{escaped(block.text)}</p>"
+    if isinstance(block, Facts):
+        cells = [
+            _fact(fact.label, fact.value, fact.note, ["long"] if len(fact.value) > _LONG else [])
+            for fact in block.facts
+        ]
+        return f'<dl class="facts">{"".join(cells)}</dl>'
+    if isinstance(block, Items):
+        items = [
+            f"<li{f' class={item.tone}' if item.tone else ''}><p><strong>{escaped(item.title)}</strong></p>"
+            f"<p>{escaped(item.text)}</p></li>"
+            for item in block.items
+        ]
+        return f'<ul class="alarms">{"".join(items)}</ul>' if items else ""
+    if isinstance(block, Plots):
+        return plots_of(block.plots)
+    if block.folded:
+        return folded(block.heading, block.table)
+    heading = f"<h3>{escaped(block.heading)}</h3>" if block.heading and block.table.rows else ""
+    return heading + table_of(block.table)
+
+
 def document(
     title: str, kicker: str, parts: Sequence[tuple[str, str, str]], plots: Sequence[Plot], *, made: str, twin: str, more: str = ""
 ) -> str:  # fmt: skip
+    """A page of parts: the anchor, heading and markup of each. ``more`` are further elements with data."""
     offline: Any = importlib.import_module("plotly.offline")
     # A browser turns carriage returns into newlines before it takes the digest.
     plotly = str(offline.get_plotlyjs()).replace("\r\n", "\n").replace("\r", "\n")
@@ -93,7 +126,7 @@ def document(
         body=sections,
         made=f"{escaped(made)} The same as text: {escaped(twin)}, beside this file.",
         data=data + more,
-        plotly=plotly,
+        plotly=base64.b64encode(zlib.compress(plotly.encode(), 6)).decode(),
         script=script,
     )
 
@@ -116,6 +149,7 @@ def _embedded(json: str) -> str:
 
 
 def escaped(text: str) -> str:
+    """Text of others as markup that shows it."""
     return html.escape(visible(text))
 
 
@@ -125,11 +159,15 @@ def _headline(data: RunData) -> str:
         style = ["long"] if len(fact.value) > _LONG else []
         if fact.label == "Status":
             style.append(f"state-{data.state}")
-        note = f'<dd class="by">{escaped(fact.note)}</dd>' if fact.note else ""
-        name = f' class="{" ".join(style)}"' if style else ""
-        wide = " class=wide" if fact.label == "Where" else ""
-        cells.append(f"<div{wide}><dt>{escaped(fact.label)}</dt><dd{name}>{escaped(fact.value)}</dd>{note}</div>")
+        cells.append(_fact(fact.label, fact.value, fact.note, style))
     return f'<dl class="facts">{"".join(cells)}</dl>'
+
+
+def _fact(label: str, value: str, note: str, style: Sequence[str]) -> str:
+    by = f'<dd class="by">{escaped(note)}</dd>' if note else ""
+    name = f' class="{" ".join(style)}"' if style else ""
+    wide = " class=wide" if label == "Where" else ""
+    return f"<div{wide}><dt>{escaped(label)}</dt><dd{name}>{escaped(value)}</dd>{by}</div>"
 
 
 def _alarms(data: RunData) -> str:
@@ -146,6 +184,7 @@ def _alarms(data: RunData) -> str:
 
 
 def plots_of(plots: Sequence[Plot]) -> str:
+    """Places where the page draws its plots, with their titles and captions."""
     made = [
         f'<figure aria-labelledby="title-{p.name}" aria-describedby="caption-{p.name}">'
         f'<h3 id="title-{p.name}">{escaped(p.title)}</h3>'
@@ -157,6 +196,7 @@ def plots_of(plots: Sequence[Plot]) -> str:
 
 
 def table_of(table: Table | None) -> str:
+    """A table, "" where there is nothing to show."""
     if table is None or not table.rows:
         return ""
 
@@ -178,6 +218,7 @@ def table_of(table: Table | None) -> str:
 
 
 def folded(title: str, table: Table | None) -> str:
+    """A table that a reader opens, "" where there is nothing to show."""
     inner = table_of(table)
     return f"<details><summary>{escaped(title)}</summary>{inner}</details>" if inner else ""
 
