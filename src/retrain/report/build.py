@@ -52,10 +52,8 @@ def write(path: Path, out: Path | None = None, *, megabytes: int = DEFAULT_MB) -
         raise UsageError(
             f"{path} holds no run.", fix="name a run directory, such as logs/train, or a folder of runs."
         )
-    target = _target(path, out)
+    target = target_of(path, out)
     twin = target.with_suffix(".md")
-    _keep_others(target, ".html")
-    _keep_others(twin, ".md")
     runs: list[RunData] = [gather(record) for record in found[:_MOST_RUNS]]
     made = f"Made by retrain {__version__} on {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}"
     record: dict[str, Any] = {
@@ -93,6 +91,21 @@ def write(path: Path, out: Path | None = None, *, megabytes: int = DEFAULT_MB) -
         made += "."
         text = page.several(runs, plots, title=title, note=note, twin=twin.name, made=made)
         twin_text = markdown.several(runs, title=title, note=note, made=made)
+    return {**put(target, text, twin_text), "plots": len(plots), **record}
+
+
+def target_of(path: Path, out: Path | None) -> Path:
+    """Where the report of ``path`` goes: ``out``, a file or a folder for it, or ``path`` itself. UsageError where that or the
+    Markdown beside it is a file that is no report."""
+    target = _target(path, out)
+    _keep_others(target, ".html")
+    _keep_others(target.with_suffix(".md"), ".md")
+    return target
+
+
+def put(target: Path, text: str, twin_text: str) -> dict[str, Any]:
+    """Write the page and the Markdown beside it, and say where and how large; UsageError where that fails."""
+    twin = target.with_suffix(".md")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, text, durable=False)
@@ -102,8 +115,7 @@ def write(path: Path, out: Path | None = None, *, megabytes: int = DEFAULT_MB) -
             f"{error.filename or target} cannot be written: {error.strerror or error}.",
             fix="make room, correct the permissions, or name another file with --out.",
         ) from error
-    size = target.stat().st_size
-    return {"html": str(target), "markdown": str(twin), "bytes": size, "plots": len(plots), **record}
+    return {"html": str(target), "markdown": str(twin), "bytes": target.stat().st_size}
 
 
 def _keep_others(path: Path, kind: str) -> None:

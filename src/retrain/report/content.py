@@ -313,7 +313,7 @@ def settings(data: RunData) -> tuple[Table | None, Table | None]:
     all of them in the first."""
     chosen: list[tuple[str, ...]] = []
     left: list[tuple[str, ...]] = []
-    for name, value in _flat(data.config):
+    for name, value in flat(data.config):
         if data.origins is None:
             chosen.append((name, value, "not recorded"))
         elif data.origins.get(name, "default") == "default":
@@ -327,7 +327,8 @@ def settings(data: RunData) -> tuple[Table | None, Table | None]:
     )
 
 
-def _flat(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+def flat(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Dotted settings with their values as text; what looks like a secret is hidden."""
     found: list[tuple[str, str]] = []
     for section, table in config.items():
         if isinstance(table, dict):
@@ -406,12 +407,12 @@ def several(runs: Sequence[RunData]) -> Table:
 
 def differing(runs: Sequence[RunData]) -> Table | None:
     """Settings that are not the same in all runs; where a run writes is left out."""
-    flat = [dict(_flat(run.config)) for run in runs]
-    names = dict.fromkeys(name for one in flat for name in one if name != "logging.log_dir")
+    settings = [dict(flat(run.config)) for run in runs]
+    names = dict.fromkeys(name for one in settings for name in one if name != "logging.log_dir")
     rows = [
-        (name, *(one.get(name, "unset") for one in flat))
+        (name, *(one.get(name, "unset") for one in settings))
         for name in names
-        if len({one.get(name) for one in flat}) > 1
+        if len({one.get(name) for one in settings}) > 1
     ]
     return Table(("Setting", *labels(runs)), tuple(rows)) if rows else None
 

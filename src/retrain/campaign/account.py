@@ -1,0 +1,206 @@
+"""What a campaign's report accounts for besides its verdicts: every run, the declared design, tuning, settings, cost."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from retrain.campaign import manifest, words
+from retrain.campaign.findings import Findings
+from retrain.campaign.outcomes import RunOutcome, counts
+from retrain.report.content import Table, flat
+from retrain.report.figures import number
+from retrain.report.gather import clock
+
+_LISTED = 40
+"""Runs that are listed by name; more of them are counted."""
+
+
+def states(campaign: Findings) -> Table:
+    """Every run: a row for each seed, a column for each condition."""
+    by_key = {(run.condition, run.seed): run for run in campaign.outcomes}
+    labels = tuple(campaign.declared.conditions)
+    extra = set(campaign.manifest.added)
+    rows = tuple(
+        (
+            f"{seed}{' (added)' if seed in extra else ''}",
+            *(cell(by_key[label, seed], campaign.declared.max_steps) for label in labels),
+        )
+        for seed in campaign.manifest.seeds
+    )
+    note = "A share is the outcome of a run that is done; * counts at its last evaluation."
+    return Table(("Seed", *labels), rows, frozenset(), note)
+
+
+def cell(run: RunOutcome, max_steps: int) -> str:
+    """One run in a few characters."""
+    value = "" if run.value is None else f"{run.value:.1%}{'*' if run.is_last else ''}"
+    if run.state == "done":
+        return value or "done, no outcome"
+    if run.state == "waiting":
+        return "waiting"
+    return f"{run.state} at {run.step}/{max_steps}{f', {value}' if value else ''}"
+
+
+def by_condition(campaign: Findings) -> Table:
+    """How many runs of each condition are in which state."""
+    names = list(counts(campaign.outcomes))
+    rows = tuple(
+        (label, *(str(counts(campaign.of(label)).get(name, 0)) for name in names), f"{_steps(campaign.of(label)):,}")
+        for label in campaign.declared.conditions
+    )
+    return Table(("Condition", *names, "Steps done"), rows, frozenset(range(1, len(names) + 2)))
+
+
+def failures(campaign: Findings) -> tuple[Table | None, str]:
+    """Runs that did not come to their end, by name with the reason, and how to go on with them."""
+    rows: list[tuple[str, ...]] = []
+    for run in campaign.outcomes:
+        process = campaign.processes.get(run.name)
+        why = run.error or (process.why if process else "")
+        if run.state in ("failed", "dead", "interrupted") or run.is_last or (run.state == "waiting" and why):
+            counted = "nothing yet" if run.value is None else f"{run.value:.1%}" + (" (its last)" if run.is_last else "")
+            rows.append((run.name, run.state, f"{run.step:,}", counted, why or "not recorded"))
+    if not rows:
+        return None, ""
+    left = len(rows) - _LISTED
+    note = f"{left} more are left out here; --json has all." if left > 0 else ""
+    advice = (
+        "A failed run counts at its last evaluation and is never dropped. To go on with what is not done (each run resumes "
+        f"exactly, and nothing is repeated): retrain --resume {shlex.quote(str(campaign.directory))}"
+    )
+    return Table(("Run", "State", "Steps", "Counts as", "Why"), tuple(rows[:_LISTED]), frozenset({2}), note), advice
+
+
+def cost(campaign: Findings) -> Table:
+    """Time, processor time, memory and tokens by condition."""
+    rows: list[tuple[str, ...]] = []
+    for label in (*campaign.declared.conditions, ""):
+        runs = campaign.of(label) if label else list(campaign.outcomes)
+        told = [campaign.processes[run.name] for run in runs if run.name in campaign.processes]
+        seconds = [run.seconds for run in runs if run.seconds is not None]
+        begun = sum(run.state != "waiting" for run in runs)
+        tokens = words.total(run.tokens for run in runs)
+        rows.append((
+            label or "All", str(begun), clock(sum(seconds)), clock(sum(seconds) / len(seconds)) if seconds else "n/a",
+            f"{tokens:,.0f}", clock(sum(p.cpu_s for p in told)) if told else "n/a",
+            f"{max(p.peak_bytes for p in told) / 2**30:.2f} GB" if told else "n/a",
+            str(sum(p.starts for p in told)) if told else "n/a",
+        ))  # fmt: skip
+    columns = (
+        "Condition", "Runs begun", "Time", "Time of a run", "Tokens sampled", "Processor time", "Most memory", "Starts",
+    )  # fmt: skip
+    return Table(columns, tuple(rows), frozenset(range(1, 8)), "Without the trials that chose a setting.")
+
+
+def design(campaign: Findings) -> Table:
+    """What was fixed before the first run."""
+    declared = campaign.declared
+    tasks = declared.evaluation
+    held = ", ".join(f"{k} {v}" for k, v in tasks.items() if k != "digest" and v not in ("", None))
+    rows = [
+        ("Declared", declared.created),
+        ("Conditions", ", ".join(declared.conditions)),
+        ("Baseline", declared.baseline),
+        ("Seeds", ", ".join(map(str, declared.seeds))),
+        ("Steps of a run", f"{declared.max_steps:,}"),
+        ("Primary outcome", f"{declared.outcome}, {words.outcome_note(campaign)}"),
+        ("Evaluation", f"{held}; digest {tasks.get('digest')}" if tasks else "none: the correct rate of training is compared"),
+        ("Test", words.test(campaign)),
+        ("Alpha", f"{declared.alpha:g} over all comparisons and looks"),
+        ("Smallest effect of interest", f"{words.points(declared.smallest_effect, sign=False)} points"),
+        ("Looks", f"at {', '.join(map(str, declared.looks))} seeds"),
+        ("Threshold", "none" if declared.threshold is None else f"{declared.threshold:.1%}"),
+        ("Threads of a run", str(declared.threads)),
+        ("Versions", ", ".join(f"{k} {v}" for k, v in declared.versions.items())),
+        ("Digest of all this", manifest.digest(declared)),
+        ("Seeds added since", ", ".join(map(str, campaign.manifest.added)) or "none"),
+    ]
+    return Table(("Declared", "Value"), tuple(rows))
+
+
+def tuning(campaign: Findings) -> tuple[str, Table | None, Table | None]:
+    """What was tuned, what each condition chose, and the trials."""
+    tune = campaign.declared.tune
+    if not tune:
+        return (
+            "Nothing was tuned: all conditions ran with the same settings but for what makes them conditions, so a comparison "
+            "holds at these settings.",
+            None,
+            None,
+        )
+    field = str(tune.get("field", "a setting"))
+    told = "; ".join(f"{k} {_listed(v)}" for k, v in tune.items() if k not in ("field", "digest"))
+    chosen = campaign.manifest.chosen
+    rows = tuple((label, _listed(chosen.get(label, "not chosen yet"))) for label in campaign.declared.conditions)
+    trials = tuple(
+        (each.name, each.state, "n/a" if each.accuracy is None else number(each.accuracy, share=True)) for each in campaign.trials
+    )
+    text = (
+        f"{field} was chosen for each condition on seeds and held-out tasks of its own, with the same budget for every "
+        f"condition ({told})."
+    )
+    return (
+        text,
+        Table(("Condition", f"{field}, chosen"), rows, frozenset({1})),
+        Table(("Trial", "State", "Last accuracy"), trials, frozenset({2})) if trials else None,
+    )
+
+
+def configurations(campaign: Findings) -> tuple[Table, Table | None]:
+    """What differs between the conditions, and what all runs share."""
+    shared = dict(flat({k: v for k, v in campaign.config.items() if k not in ("campaign", "logging", "resume")}))
+    tuned = str((campaign.declared.tune or {}).get("field", ""))
+    arms: dict[str, dict[str, str]] = {}
+    for label, settings in campaign.declared.conditions.items():
+        given = dict(settings)
+        if tuned and label in campaign.manifest.chosen:
+            given[tuned] = campaign.manifest.chosen[label]
+        arms[label] = dict(_dotted(given))
+    names = dict.fromkeys(name for one in arms.values() for name in one)
+    rows = [
+        (name, *(one.get(name, shared.get(name, "as all")) for one in arms.values()))
+        for name in names
+        if len({one.get(name, shared.get(name)) for one in arms.values()}) > 1
+    ]
+    rest = tuple((name, value) for name, value in shared.items() if name not in {row[0] for row in rows})
+    return (
+        Table(("Setting", *arms), tuple(rows)),
+        Table(("Setting", "Value"), rest, note="Besides training.seed and training.max_steps.") if rest else None,
+    )
+
+
+def versions(campaign: Findings) -> Table:
+    """What the runs recorded of code, versions and machines, each value with the number of runs."""
+    told: dict[str, dict[str, int]] = {}
+    for reading in campaign.readings.values():
+        for key, value in reading.facts.items():
+            if value:
+                told.setdefault(key, {})
+                told[key][value] = told[key].get(value, 0) + 1
+    rows = tuple(
+        (
+            key.replace("_", " "),
+            "; ".join(f"{value}{f' ({n} runs)' if len(values) > 1 else ''}" for value, n in values.items()),
+        )
+        for key, values in told.items()
+        if len(values) <= _LISTED
+    )
+    return Table(("Recorded", "Value"), rows)
+
+
+def _dotted(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        nested.setdefault(section, {})[name] = value
+    return flat(nested)
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, cast("Sequence[Any]", value))) if isinstance(value, list | tuple) else str(value)
+
+
+def _steps(runs: Sequence[RunOutcome]) -> int:
+    return sum(run.step for run in runs)

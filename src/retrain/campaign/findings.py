@@ -1,0 +1,438 @@
+"""Everything that a campaign's files say, read once: its design, the state of each run, what its look allows one to conclude,
+and what a reader must know before believing it.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from retrain.campaign import manifest, outcomes, procedure, reading
+from retrain.campaign.manifest import Declared, Manifest
+from retrain.campaign.outcomes import RunOutcome
+from retrain.campaign.reading import Reading
+from retrain.campaign.statistics import Analysis, Design, Reach, analyse, reach
+from retrain.tracking import layout
+from retrain.tracking.read import find_runs, lines
+from retrain.tracking.vitals import number
+
+_SAME = {
+    "retrain": "versions of retrain", "code": "code", "plugins": "code of plug-ins", "reward_code": "code of the reward",
+    "torch": "versions of torch", "transformers": "versions of transformers", "peft": "versions of peft",
+    "device": "devices", "threads": "numbers of threads", "dtype": "number types", "machine": "machines",
+    "weights": "weights of the model",
+}  # fmt: skip
+"""What ought to be the same in all runs, as run.json names it, and in words."""
+_MAY_BE_SET = {"dtype": "model.", "weights": "model.", "reward_code": "reward.", "device": "backend.", "plugins": ""}
+"""Of these what a condition may set itself: the settings that would change it."""
+EVALUATION_TASKS = "eval_tasks"
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """All processes that worked on a run: seconds, processor seconds, largest memory, and why the last one failed."""
+
+    starts: int
+    seconds: float
+    cpu_s: float
+    peak_bytes: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A run that helped to choose a setting: where it lies below ``trials``, its state and its last held-out accuracy."""
+
+    name: str
+    state: str
+    accuracy: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """Another metric in one condition, over the seeds of the look: its mean with a 95 % t interval, and the difference to the
+    baseline with its own (Welch, or paired by seed where that is declared); NaN where there are too few."""
+
+    name: str
+    title: str
+    unit: str
+    condition: str
+    n: int
+    mean: float
+    low: float
+    high: float
+    difference: float
+    difference_low: float
+    difference_high: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A campaign as it stands. ``analysis`` is of the declared seeds, with look 0 before the first declared look is complete;
+    ``exploratory`` of all seeds, once added ones are done. ``config`` is the campaign's own configuration."""
+
+    directory: Path
+    manifest: Manifest
+    outcomes: tuple[RunOutcome, ...]
+    readings: Mapping[str, Reading]
+    analysis: Analysis
+    exploratory: Analysis | None
+    config: Mapping[str, Any]
+    processes: Mapping[str, Process]
+    trials: tuple[Trial, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def declared(self) -> Declared:
+        """The design that was fixed before the first run."""
+        return self.manifest.declared
+
+    @property
+    def is_readable(self) -> bool:
+        """Is the first declared look complete, so that results may be judged?"""
+        return self.analysis.look > 0
+
+    @property
+    def level(self) -> float:
+        """Coverage of the intervals of a look."""
+        return 1 - self.declared.alpha / len(self.declared.looks)
+
+    def awaited(self) -> tuple[int, int, int]:
+        """(seeds, runs that have a result, runs) of the first look that is not complete; of the last one where all are."""
+        for count in self.declared.looks:
+            used = set(self.declared.seeds[:count])
+            runs = [run for run in self.outcomes if run.seed in used]
+            done = sum(finished(run) for run in runs)
+            if done < len(runs) or count == self.declared.looks[-1]:
+                return count, done, len(runs)
+        return 0, 0, 0
+
+    def of(self, condition: str) -> list[RunOutcome]:
+        """The runs of a condition, in the order of the seeds."""
+        return [run for run in self.outcomes if run.condition == condition]
+
+
+def finished(run: RunOutcome) -> bool:
+    """Does the run count: has it ended, with an outcome?"""
+    return run.state in ("done", "failed") and run.value is not None
+
+
+def gather(directory: Path) -> Findings:
+    """Read the campaign in ``directory``; ResumeError where its manifest is missing or was changed."""
+    found = manifest.read(directory)
+    declared = found.declared
+    runs = outcomes.gather(directory, found)
+    readings = {run.name: reading.read(run, declared) for run in runs if run.state != "waiting"}
+    analysis = _analyse(runs, declared, declared.seeds, exploratory=False)
+    exploratory = None
+    if found.added and all(map(finished, runs)):
+        exploratory = _analyse(runs, declared, found.seeds, exploratory=True)
+    return Findings(
+        directory=directory,
+        manifest=found,
+        outcomes=runs,
+        readings=readings,
+        analysis=analysis,
+        exploratory=exploratory,
+        config=_config(directory / layout.CONFIG),
+        processes=_processes(directory / layout.CAMPAIGN_PROCESSES),
+        trials=tuple(_trials(directory / layout.CAMPAIGN_TRIALS)),
+        warnings=(*_warnings(directory, found, runs, readings), *analysis.warnings * bool(analysis.look)),
+    )
+
+
+def _analyse(
+    runs: Sequence[RunOutcome], declared: Declared, seeds: Sequence[int], *, exploratory: bool
+) -> Analysis:
+    values: dict[str, dict[int, float | None]] = {label: {} for label in declared.conditions}
+    variances: dict[str, dict[int, float | None]] = {label: {} for label in declared.conditions}
+    by_key = {(run.condition, run.seed): run for run in runs}
+    for label in declared.conditions:
+        for seed in seeds:
+            run = by_key[label, seed]
+            values[label][seed] = run.value if finished(run) else None
+            variances[label][seed] = run.variance
+    design = Design(
+        alpha=declared.alpha,
+        margin=declared.smallest_effect,
+        paired=declared.test == "paired",
+        looks=len(declared.looks),
+        at=tuple(declared.looks),
+    )
+    return analyse(values, baseline=declared.baseline, design=design, exploratory=exploratory, evaluation=variances)
+
+
+def _warnings(
+    directory: Path, found: Manifest, runs: Sequence[RunOutcome], readings: Mapping[str, Reading]
+) -> list[str]:
+    declared = found.declared
+    said: list[str] = []
+    if found.added:
+        said.append(
+            f"Seeds {', '.join(map(str, found.added))} were added to the {len(declared.seeds)} declared ones: whatever uses "
+            "them is exploratory. The declared verdicts use the declared seeds alone."
+        )
+    planned = {run.name for run in runs}
+    strange = sorted(
+        path.name
+        for path in _folders(directory / layout.CAMPAIGN_RUNS)
+        if path.name not in planned and layout.holds_run(path)
+    )
+    if strange:
+        said.append(
+            f"{_names(strange)} in {layout.CAMPAIGN_RUNS}/ belong to no declared condition and seed: they count nowhere."
+        )
+    said += _tasks(declared, readings)
+    sets = {key for settings in declared.conditions.values() for key in settings}
+    for key, words in _SAME.items():
+        of_runs = {name: reading.facts.get(key, "") for name, reading in readings.items()}
+        counted = Counter(value for value in of_runs.values() if value)
+        own = key in _MAY_BE_SET and any(s.startswith(_MAY_BE_SET[key] or s) for s in sets)
+        if len(counted) > 1 and not own:
+            told = "; ".join(f"{_value(v)} ({n} runs)" for v, n in counted.most_common(4))
+            said.append(
+                f"The runs used {len(counted)} different {words}: {told}. A difference between conditions may be theirs."
+            )
+        declaring = declared.versions.get(key, "")
+        if len(counted) == 1 and not own and declaring and declaring not in counted:
+            said.append(
+                f"Since the design was declared the {words} changed: {_value(declaring)} then, "
+                f"{_value(next(iter(counted)))} in the runs."
+            )
+    threads = Counter(reading.facts.get("threads", "") for reading in readings.values())
+    others = {value for value in threads if value and value != str(declared.threads)}
+    if len(threads) == 1 and others:
+        said.append(
+            f"The runs used {others.pop()} threads, and {declared.threads} were declared: they repeat byte for byte only with "
+            "the number that they used."
+        )
+    return said
+
+
+def _tasks(declared: Declared, readings: Mapping[str, Reading]) -> list[str]:
+    known = {name: tasks for name, reading in readings.items() if (tasks := reading.facts.get(EVALUATION_TASKS))}
+    wanted = str(declared.evaluation.get("digest") or "")
+    said: list[str] = []
+    if len(set(known.values())) > 1:
+        said.append(
+            f"The runs were not evaluated on the same tasks: {len(set(known.values()))} different sets by digest. Their outcomes "
+            "cannot be compared."
+        )
+    other = sorted(name for name, tasks in known.items() if wanted and tasks != wanted)
+    if other:
+        said.append(
+            f"{_names(other)}: evaluated on other tasks than the manifest declares (digest {_value(wanted)}). Their outcomes are "
+            "not what was declared."
+        )
+    return said
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _value(text: str) -> str:
+    return f"{text[:16]}..." if len(text) > 40 else text
+
+
+def metrics(findings: Findings) -> list[Metric]:
+    """Other metrics of the look's runs; none before there is a look. Those that only repeat the outcome are left out."""
+    if not findings.is_readable:
+        return []
+    used, baseline = findings.analysis.seeds, findings.declared.baseline
+    by_key = {(run.condition, run.seed): run for run in findings.outcomes}
+    chosen = {label: [by_key[label, seed] for seed in used] for label in findings.declared.conditions}
+    found: dict[str, dict[str, list[float]]] = {}
+    titles: dict[str, tuple[str, str]] = {}
+    for name, (title, unit) in reading.CURVES.items():
+        titles[name] = (title, unit)
+        found[name] = {label: [_late(findings, run, name) for run in runs] for label, runs in chosen.items()}
+    for name in dict.fromkeys(n for r in findings.readings.values() for n in r.evaluated):
+        titles[name] = (_title(name), _unit(name))
+        found[name] = {
+            label: [_reading(findings, run).evaluated.get(name, math.nan) for run in runs]
+            for label, runs in chosen.items()
+        }
+    titles["seconds"], titles["tokens"] = ("Time of a run", "s"), ("Tokens sampled by a run", "tokens")
+    for name in ("seconds", "tokens"):
+        found[name] = {
+            label: [math.nan if (v := getattr(run, name)) is None else float(v) for run in runs]
+            for label, runs in chosen.items()
+        }
+    outcome = {label: [run.value for run in runs] for label, runs in chosen.items()}
+    made: list[Metric] = []
+    for name, arms in found.items():
+        if name == findings.declared.outcome or arms == outcome or all(np.isnan(v).all() for v in arms.values()):
+            continue
+        for label in chosen:
+            made.append(_metric(name, titles[name], label, arms, baseline, findings.declared.test == "paired"))
+    return made
+
+
+def pairs(findings: Findings) -> list[tuple[str, str, float, float, float]]:
+    """(one condition, another, difference of the primary outcome, ends of its 95 % t interval) of the pairs without the
+    baseline, for which nothing was declared; none before there is a look."""
+    if not findings.is_readable:
+        return []
+    arms = [arm for arm in findings.analysis.arms if arm.label != findings.declared.baseline]
+    made: list[tuple[str, str, float, float, float]] = []
+    for i, first in enumerate(arms):
+        for second in arms[i + 1 :]:
+            told = _between(
+                np.array(second.values, np.float64), np.array(first.values, np.float64), findings.declared.test == "paired"
+            )
+            made.append((second.label, first.label, *told))
+    return made
+
+
+def reaches(findings: Findings) -> dict[str, Reach]:
+    """Steps to the declared threshold for each condition, over the runs that have ended; empty where none is declared or there
+    is no look yet."""
+    if findings.declared.threshold is None or not findings.is_readable:
+        return {}
+    used = set(findings.analysis.seeds)
+    made: dict[str, Reach] = {}
+    for label in findings.declared.conditions:
+        runs = [run for run in findings.of(label) if run.seed in used]
+        made[label] = reach([r.reached for r in runs], [r.step for r in runs], findings.declared.max_steps)
+    return made
+
+
+def record(findings: Findings) -> dict[str, Any]:
+    """The findings as one JSON document; null where something is not known."""
+    seeds, done, runs = findings.awaited()
+    document = {
+        "campaign": str(findings.directory),
+        "declared": asdict(findings.declared),
+        "digest": manifest.digest(findings.declared),
+        "chosen": dict(findings.manifest.chosen),
+        "added": list(findings.manifest.added),
+        "counts": outcomes.counts(findings.outcomes),
+        "look": findings.analysis.look,
+        "awaited": {"seeds": seeds, "finished": done, "runs": runs},
+        "analysis": asdict(findings.analysis) if findings.is_readable else None,
+        "exploratory": None if findings.exploratory is None else asdict(findings.exploratory),
+        "metrics": [asdict(metric) for metric in metrics(findings)],
+        "pairs": [
+            dict(zip(("condition", "other", "difference", "low", "high"), each, strict=True)) for each in pairs(findings)
+        ],
+        "steps_to_threshold": {label: asdict(found) for label, found in reaches(findings).items()},
+        "warnings": list(findings.warnings),
+        "trials": [asdict(trial) for trial in findings.trials],
+        "runs": [
+            {
+                **{f.name: getattr(run, f.name) for f in fields(run)},
+                "process": asdict(told) if (told := findings.processes.get(run.name)) else None,
+            }
+            for run in findings.outcomes
+        ],
+    }
+    return cast("dict[str, Any]", _plain(document))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in cast("Sequence[Any]", value)]
+    return value
+
+
+def _reading(findings: Findings, run: RunOutcome) -> Reading:
+    return findings.readings.get(run.name) or Reading({}, {}, {}, {})
+
+
+def _late(findings: Findings, run: RunOutcome, name: str) -> float:
+    return _reading(findings, run).late.get(name, math.nan)
+
+
+def _title(name: str) -> str:
+    rest = name.removeprefix("eval/")
+    words = rest.rpartition("/")[2].replace("max_token_hit_rate", "truncated").replace("_", " ")
+    suite = rest.rpartition("/")[0]
+    return f"Evaluation {suite + ' ' if suite else ''}{words}"
+
+
+def _unit(name: str) -> str:
+    last = name.rpartition("/")[2]
+    if last in ("accuracy", "max_token_hit_rate") or last.startswith(("pass@", "mean@")):
+        return "share"
+    return "tokens" if last == "mean_length" else ""
+
+
+def _metric(
+    name: str, told: tuple[str, str], label: str, arms: Mapping[str, Sequence[float]], baseline: str, paired: bool
+) -> Metric:
+    runs, against = np.array(arms[label], np.float64), np.array(arms[baseline], np.float64)
+    known = runs[~np.isnan(runs)]
+    mean = low = high = math.nan
+    if len(known):
+        mean = float(known.mean())
+    if len(known) > 1:
+        centre, variance = procedure.moments(known)
+        half = float(procedure.t_critical(0.025, float(len(known) - 1))) * math.sqrt(float(variance) / len(known))
+        mean, low, high = float(centre), float(centre) - half, float(centre) + half
+    between = (math.nan, math.nan, math.nan) if label == baseline else _between(runs, against, paired)
+    return Metric(name, *told, label, len(known), mean, low, high, *between)
+
+
+def _between(
+    runs: procedure.Values, against: procedure.Values, paired: bool
+) -> tuple[float, float, float]:
+    """Mean difference with the ends of its 95 % interval, of the runs that are known."""
+    if paired:
+        both = ~np.isnan(runs) & ~np.isnan(against)
+        runs, against = runs[both], against[both]
+    else:
+        runs, against = runs[~np.isnan(runs)], against[~np.isnan(against)]
+    if len(runs) < 2 or len(against) < 2:
+        return math.nan, math.nan, math.nan
+    tested = (procedure.paired if paired else procedure.welch)(runs, against, 0.05)
+    return float(tested.difference), float(tested.low), float(tested.high)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _processes(path: Path) -> dict[str, Process]:
+    found: dict[str, Process] = {}
+    for row in lines(path):
+        before = found.get(str(row.get("name")), Process(0, 0.0, 0.0, 0, ""))
+        failed = row.get("code") not in (0, None)
+        found[str(row.get("name"))] = Process(
+            before.starts + 1,
+            before.seconds + (number(row, "seconds") or 0.0),
+            before.cpu_s + (number(row, "cpu_s") or 0.0),
+            max(before.peak_bytes, int(number(row, "peak_bytes") or 0)),
+            str(row.get("why") or "") if failed else "",
+        )
+    return found
+
+
+def _trials(root: Path) -> list[Trial]:
+    made: list[Trial] = []
+    for run in find_runs(root) if root.is_dir() else []:
+        known = [v for row in run.evaluations if (v := number(row, "eval/accuracy")) is not None]
+        made.append(Trial(run.path.relative_to(root).as_posix(), run.state, known[-1] if known else None))
+    return made
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        return [path for path in root.iterdir() if path.is_dir()]
+    except OSError:
+        return []
+
