@@ -25,6 +25,8 @@ _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexa
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _ROW = 72
 """Pixels of a row of the plots that have a row for each condition; its text stands above its marks."""
+_ONE_LINE = 36
+"""Characters of a row's text that fit a phone beside its numbers; a longer one takes two lines."""
 _SEED_POINTS = 12_000
 """Points that the lines of single seeds may have in one plot."""
 Matrix = npt.NDArray[np.float64]
@@ -76,7 +78,7 @@ def band(values: Matrix, alpha: float = 0.05) -> tuple[Matrix, Matrix, Matrix, M
 
 def curves(metric: Curves, drawn: Mapping[str, Look], *, seeds: bool, share: bool, marks: bool, note: str) -> Plot | None:
     """Means over seeds with 95 % t intervals, one colour a condition; ``seeds`` adds every run, hidden until the legend's
-    "each seed" is clicked. None where no run has a value."""
+    "each seed" is clicked. None where no run has a value, or all have the same."""
     figure = empty(share=share, unit="" if share else metric.unit)
     bands: list[Any] = []
     means: list[Any] = []
@@ -123,15 +125,16 @@ def curves(metric: Curves, drawn: Mapping[str, Look], *, seeds: bool, share: boo
         ends = np.flatnonzero(at)[[0, -1]]
         first, last = (number(float(mean[i]), share=share) for i in ends)
         spread = _spread(float(low[ends[1]]), float(high[ends[1]]), share)
-        said.append(f"{label}: {first} at first, {last} at last ({spread}).")
-    if not means:
+        said.append(f"{label}: {first} to {last} ({spread}).")
+    known = np.concatenate([values.ravel() for values in metric.values.values()])
+    known = known[~np.isnan(known)]
+    if not len(known) or float(np.ptp(known)) == 0:
         return None
     for trace in (*singles, *bands, *means):
         figure.add_trace(trace)
     figure.update_layout(height=360 if seeds else 280)
-    if not share and metric.unit == "":
-        figure.update_yaxes(tickformat=None)
-    return Plot(metric.name, metric.title, f"{' '.join(said)} {note}".strip(), figure, "curves")
+    figure.update_yaxes(exponentformat="power")
+    return Plot(metric.name, metric.title, f"From first to last: {' '.join(said)} {note}".strip(), figure, "curves")
 
 
 def forest(analysis: Analysis, drawn: Mapping[str, Look], *, margin: float, baseline: str, coverage: float) -> Plot | None:
@@ -140,7 +143,8 @@ def forest(analysis: Analysis, drawn: Mapping[str, Look], *, margin: float, base
     known = [row for row in rows if not math.isnan(row.difference)]
     if not known:
         return None
-    figure = _by_row(len(rows), unit=f"points, condition minus {named(baseline)}")
+    long = max(len(row.label) + len(row.verdict) for row in rows) > _ONE_LINE
+    figure = _by_row(len(rows), unit=f"points, condition minus {named(baseline)}", tall=long)
     figure.add_shape(
         type="rect", x0=-100 * margin, x1=100 * margin, y0=0, y1=1, yref="paper", fillcolor=_clear(QUIET, 0.22),
         line={"width": 0}, layer="below",
@@ -149,7 +153,7 @@ def forest(analysis: Analysis, drawn: Mapping[str, Look], *, margin: float, base
     for i, row in enumerate(rows):
         y = len(rows) - 1 - i
         if math.isnan(row.difference):
-            _above(figure, y, f"<b>{named(row.label)}</b>: {row.verdict}")
+            _above(figure, y, f"<b>{named(row.label)}</b>{'<br>' if long else ': '}{row.verdict}")
             continue
         middle, low, high = (100 * v for v in (row.difference, row.low, row.high))
         look = drawn[row.label]
@@ -165,11 +169,12 @@ def forest(analysis: Analysis, drawn: Mapping[str, Look], *, margin: float, base
             )
         )  # fmt: skip
         numbers = f"{middle:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "\u2212")
-        _above(figure, y, f"<b>{named(row.label)}</b>: {row.verdict}, {numbers}")
+        _above(figure, y, f"<b>{named(row.label)}</b>{'<br>' if long else ': '}{row.verdict}, {numbers}")
     ends = [100 * v for row in known for v in (row.low, row.high, row.difference) if not math.isnan(v)]
     far = 1.12 * max(*map(abs, ends), 150 * margin)
     figure.update_xaxes(range=[-far, far], ticksuffix="")
     figure.update_layout(hovermode="closest")
+    figure.update_traces(cliponaxis=False)
     text = (
         f"Each bar is the {coverage:.4g} % t interval of the difference in points; grey is the declared smallest effect of "
         f"interest, {100 * margin:.3g} points either way. " + " ".join(f"{row.label}: {row.verdict}." for row in rows)
@@ -181,7 +186,8 @@ def strip(
     analysis: Analysis, outcomes: Sequence[RunOutcome], drawn: Mapping[str, Look], *, title: str, coverage: float
 ) -> Plot:
     """Every run's outcome as a point, in percent, above the mean of its condition with its t interval of ``coverage`` percent."""
-    figure = _by_row(len(analysis.arms), unit="percent")
+    long = max(len(arm.label) for arm in analysis.arms) > _ONE_LINE
+    figure = _by_row(len(analysis.arms), unit="percent", tall=long)
     used = set(analysis.seeds)
     for i, arm in enumerate(analysis.arms):
         y, look = len(analysis.arms) - 1 - i, drawn[arm.label]
@@ -197,7 +203,8 @@ def strip(
                         mode="markers", showlegend=False, name=named(arm.label),
                         marker={
                             "color": look.colour, "size": 8, "opacity": 0.75,
-                            "symbol": "x-thin-open" if broke_off else look.symbol,
+                            "symbol": "x-thin" if broke_off else look.symbol,
+                            "line": {"width": 2.5 if broke_off else 0, "color": look.colour},
                         },
                         customdata=[f"seed {r.seed}" + (", its last evaluation" if broke_off else "") for r, _ in part],
                         hovertemplate="%{x:.2f} %, %{customdata}",
@@ -216,7 +223,8 @@ def strip(
                     hovertemplate="mean %{x:.2f} %",
                 )
             )  # fmt: skip
-            _above(figure, y, f"<b>{named(arm.label)}</b>: {arm.mean:.1%} ({_spread(arm.low, arm.high, True)})")
+            spread = _spread(arm.low, arm.high, True)
+            _above(figure, y, f"<b>{named(arm.label)}</b>{'<br>' if long else ': '}{arm.mean:.1%} ({spread})")
         else:
             _above(figure, y, f"<b>{named(arm.label)}</b>: no value")
     figure.update_layout(hovermode="closest")
@@ -232,9 +240,9 @@ def named(label: str) -> str:
     return html.escape(visible(label), quote=False)
 
 
-def _by_row(rows: int, *, unit: str) -> Any:
+def _by_row(rows: int, *, unit: str, tall: bool) -> Any:
     figure = empty()
-    figure.update_layout(height=_ROW * rows + 60, margin={"l": 12, "r": 12, "t": 8, "b": 48})
+    figure.update_layout(height=(_ROW + 26 * tall) * rows + 60, margin={"l": 12, "r": 12, "t": 8, "b": 48})
     figure.update_xaxes(title={"text": unit, "standoff": 8}, tickformat=None)
     figure.update_yaxes(range=[-0.5, rows - 0.35], visible=False, fixedrange=True)
     return figure

@@ -243,7 +243,8 @@ def _value(text: str) -> str:
 
 
 def metrics(findings: Findings) -> list[Metric]:
-    """Other metrics of the look's runs; none before there is a look. Those that only repeat the outcome are left out."""
+    """Other metrics of the look's runs; none before there is a look. Those that are the same in all runs, or only repeat the
+    outcome or the correct rate, are left out."""
     if not findings.is_readable:
         return []
     used, baseline = findings.analysis.seeds, findings.declared.baseline
@@ -260,16 +261,19 @@ def metrics(findings: Findings) -> list[Metric]:
             label: [_reading(findings, run).evaluated.get(name, math.nan) for run in runs]
             for label, runs in chosen.items()
         }
-    titles["seconds"], titles["tokens"] = ("Time of a run", "s"), ("Tokens sampled by a run", "tokens")
+    titles["seconds"], titles["tokens"] = ("Time of a run", "s"), ("Sampled by a run", "tokens")
     for name in ("seconds", "tokens"):
         found[name] = {
             label: [math.nan if (v := getattr(run, name)) is None else float(v) for run in runs]
             for label, runs in chosen.items()
         }
-    outcome = {label: [run.value for run in runs] for label, runs in chosen.items()}
+    outcome = {label: [math.nan if run.value is None else run.value for run in runs] for label, runs in chosen.items()}
     made: list[Metric] = []
     for name, arms in found.items():
-        if name == findings.declared.outcome or arms == outcome or all(np.isnan(v).all() for v in arms.values()):
+        known = [value for values in arms.values() for value in values if not math.isnan(value)]
+        if name == findings.declared.outcome or arms == outcome or not known or max(known) == min(known):
+            continue
+        if name == "mean_reward" and arms == found["correct_rate"]:
             continue
         for label in chosen:
             made.append(_metric(name, titles[name], label, arms, baseline, findings.declared.test == "paired"))

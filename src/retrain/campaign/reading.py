@@ -74,8 +74,8 @@ def read(outcome: RunOutcome, declared: Declared) -> Reading:
         at = number(row, "step")
         done.append(index + 1.0 if at is None else at + 1.0)
         for name, column in columns.items():
-            value = number(row, name)
-            column.append(math.nan if value is None else value)
+            value = row.get(name)
+            column.append(value if isinstance(value, int | float) and math.isfinite(value) else math.nan)
     steps = np.array(done)
     known = {name: np.array(column) for name, column in columns.items()}
     broke_off = outcome.state == "failed"

@@ -21,6 +21,8 @@ from retrain.report.parts import Block, Facts, Items, Note, Plots, Section, Show
 
 _SEEDS_OPEN = 12
 """Seeds up to which the table of every run stands open."""
+_ROWS_OPEN = 60
+"""Rows up to which the table of other metrics does."""
 
 
 def write(directory: Path, out: Path | None = None) -> dict[str, Any]:
@@ -100,33 +102,38 @@ def _comparison(campaign: Findings, drawn: dict[str, figures.Look]) -> list[Bloc
 def _curves(campaign: Findings, drawn: dict[str, figures.Look]) -> list[Block]:
     plots: list[Plot] = []
     blocks: list[Block] = []
-    note = (
-        "Bands: 95 % t intervals of the mean over the seeds that have come so far. A failed run stays in with its last value. "
-        "No interval here is a test."
-    )
-    steps = campaign.declared.outcome != "eval/accuracy"
-    first = outcome_curves(campaign) if not steps else None
-    if first is not None:
-        hint = 'Every seed is drawn once "each seed" is clicked in the legend.'
-        plot = figures.curves(first, drawn, seeds=True, share=True, marks=True, note=f"{note} {hint}")
+    held_out = campaign.declared.outcome == "eval/accuracy"
+    if held_out:
+        first = outcome_curves(campaign)
+        plot = figures.curves(first, drawn, seeds=True, share=True, marks=True, note="")
         if plot is not None:
             plots.append(plot)
             blocks.append(Shown(words.sparks(first, True), "Held-out accuracy in characters", folded=True))
-    smooth = f"Means of the last {reading.window_of(campaign.declared.max_steps)} steps of each run. {note}"
-    last = ""
+    rates: Curves | None = None
     for name, (title, unit) in reading.CURVES.items():
         metric = training_curves(campaign, name, title, unit)
-        same = repr({k: v.tolist() for k, v in metric.values.items()})
-        if name == "mean_reward" and same == last:
+        if name == "mean_reward" and rates is not None and _equal(metric, rates):
             continue
-        last = same if name == "correct_rate" else last
         seeds = name == "correct_rate"
-        plot = figures.curves(metric, drawn, seeds=seeds, share=unit == "share", marks=False, note=smooth)
+        plot = figures.curves(metric, drawn, seeds=seeds, share=unit == "share", marks=False, note="")
         if plot is not None:
             plots.append(plot)
             if seeds:
+                rates = metric
                 blocks.append(Shown(words.sparks(metric, True), f"{title} in characters", folded=True))
-    return [Plots(tuple(plots)), *blocks] if plots else [Note("No run has completed a step.")]
+    if not plots:
+        return [Note("No run has completed a step.")]
+    window = reading.window_of(campaign.declared.max_steps)
+    note = (
+        "Lines are means over the seeds that have come so far, bands their 95 % t intervals; none of it is a test. A failed run "
+        'stays in with its last value. "each seed" in a legend shows every run. '
+        f"Curves of training are means of the last {window} steps; metrics that were the same in all runs are left out."
+    )
+    return [Note(note), Plots(tuple(plots)), *blocks]
+
+
+def _equal(one: Curves, other: Curves) -> bool:
+    return all(np.array_equal(one.values[label], other.values[label], equal_nan=True) for label in one.values)
 
 
 def outcome_curves(campaign: Findings) -> Curves:
@@ -161,7 +168,9 @@ def training_curves(campaign: Findings, name: str, title: str, unit: str) -> Cur
 
 
 def _metrics(campaign: Findings) -> list[Block]:
-    blocks = _tables(words.metrics(campaign))
+    table = words.metrics(campaign)
+    many = len(table.rows) > _ROWS_OPEN
+    blocks: list[Block] = [Shown(table, "Every metric and condition" if many else "", folded=many)] if table.rows else []
     other = words.pairs(campaign)
     if other.rows:
         blocks.append(Shown(other, "Pairs without the baseline", folded=True))

@@ -177,24 +177,28 @@ def metrics(campaign: Findings) -> Table:
     rows: list[tuple[str, ...]] = []
     for each in found.metrics(campaign):
         share = each.unit == "share"
-
-        def text(value: float, share: bool = share) -> str:
-            return number(value, share=share)
-
-        def ends(low: float, high: float, share: bool = share) -> str:
-            return "n/a" if math.isnan(low + high) else f"{number(low, share=share)} to {number(high, share=share)}"
-
         unit = f", {each.unit}" if each.unit and not share else ""
+        middle = "n/a" if math.isnan(each.low + each.high) else " to ".join(number(v, share=share) for v in (each.low, each.high))
         rows.append((
-            each.title + unit, each.condition, str(each.n), text(each.mean), ends(each.low, each.high), text(each.difference),
-            ends(each.difference_low, each.difference_high),
+            each.title + unit, each.condition, str(each.n), number(each.mean, share=share), middle,
+            *_change(each.difference, each.difference_low, each.difference_high, share=share),
         ))  # fmt: skip
     columns = ("Metric", "Condition", "Runs", "Mean", "95 % interval", "Minus baseline", "95 % interval of it")
     note = (
         "Nothing was declared for these: intervals of single metrics, no verdict, and with so many some lie beside 0 by chance. "
-        "Means over the last fifth of a run's steps; a run that broke off stays in with its own last ones."
+        "Means over the last fifth of a run's steps; a run that broke off stays in with its own last ones. Metrics that were the "
+        "same in all runs are left out."
     )
     return Table(columns, tuple(rows), frozenset({2, 3, 4, 5, 6}), note if rows else "")
+
+
+def _change(difference: float, low: float, high: float, *, share: bool) -> tuple[str, str]:
+    if math.isnan(difference):
+        return "", ""
+    if share:
+        return f"{points(difference)} points", _ends(low, high)
+    middle, *ends = (f"{'+' if v > 0 else ''}{number(v)}" for v in (difference, low, high))
+    return middle, "n/a" if math.isnan(low + high) else " to ".join(ends)
 
 
 def pairs(campaign: Findings) -> Table:

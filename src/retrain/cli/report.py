@@ -1,8 +1,8 @@
-"""``retrain report``: a run as one file to look at."""
+"""``retrain report``: a run or a campaign as one file to look at."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from retrain.cli import streams
@@ -11,15 +11,16 @@ from retrain.errors import UsageError
 
 USAGE = {
     "report": """\
-Usage: retrain report RUN [--out FILE.html] [--max-mb N]
+Usage: retrain report RUN|CAMPAIGN [--out FILE.html] [--max-mb N]
 
 Writes a run as one HTML file that needs no network, and as Markdown beside it: what came of it, alarms, curves, times,
-settings with their origins, and its rollouts token by token. RUN is a run directory, finished or not. Of a folder of
-runs: their curves in one plot each, and a table.
+settings with their origins, and its rollouts token by token. RUN is a run directory, finished or not. Of a CAMPAIGN:
+verdicts against its baseline as declared in its manifest, every run, curves by condition, failures, cost; no verdict
+before the declared seeds are done. Of another folder of runs: their curves in one plot each, and a table.
 
-  --out FILE.html    where to write (RUN/report.html and RUN/report.md)
-  --max-mb N         size of the HTML file in megabytes (15); more of them show more rollouts
-  --json             print one JSON object
+  --out FILE.html    where to write (report.html and report.md in that directory)
+  --max-mb N         of a run: size of the HTML file in megabytes (15); more of them show more rollouts
+  --json             print one JSON object; of a campaign: everything that its report says
 """
 }
 
@@ -37,10 +38,16 @@ def report(arguments: Sequence[str]) -> int:
         raise UsageError(f"retrain report {what}.", fix="retrain report logs/train, for example.")
     with streams.results(alone="--json" in own) as out, quiet_loading(), at_once_on_interrupt():
         from retrain.report import build
+        from retrain.tracking import layout
 
+        place = Path(places[0])
+        if layout.holds_campaign(place):
+            if own.get("--max-mb"):
+                raise UsageError("--max-mb is that of a run's report.", fix="leave it out: a campaign's page shows no rollouts.")
+            return _campaign(place, own, out)
         megabytes = whole_number(own.get("--max-mb", str(build.DEFAULT_MB)), "--max-mb", least=build.LEAST_MB)
         target = Path(own["--out"]) if own.get("--out") else None
-        record = build.write(Path(places[0]), target, megabytes=megabytes)
+        record = build.write(place, target, megabytes=megabytes)
         if "--json" in own:
             import json
 
@@ -51,4 +58,28 @@ def report(arguments: Sequence[str]) -> int:
                 out.line(
                     f"{record['rollouts']:,} of {record['rollouts_stored']:,} rollouts fit; --max-mb N shows more."
                 )
+    return 0
+
+
+def _campaign(directory: Path, own: Mapping[str, str], out: streams.Results) -> int:
+    from retrain.campaign import report as campaign
+
+    record = campaign.write(directory, Path(own["--out"]) if own.get("--out") else None)
+    if "--json" in own:
+        import json
+
+        out.record(json.dumps(record, ensure_ascii=False))
+        return 0
+    if record["analysis"] is None:
+        told = record["awaited"]
+        out.line(
+            f"No verdict is read before {told['seeds']} seeds of every condition are done ({told['finished']} of {told['runs']} "
+            "runs are)."
+        )
+    else:
+        for each in record["analysis"]["comparisons"]:
+            out.line(f"{each['label']}: {each['text']}")
+    for warning in record["warnings"]:
+        out.line(f"warning: {warning}")
+    out.line(f"Wrote {record['html']} ({record['bytes'] / 1e6:.1f} MB) and {record['markdown']}.")
     return 0
