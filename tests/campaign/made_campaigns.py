@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import random
 import time
 from pathlib import Path
@@ -52,8 +53,8 @@ def declared(conditions=FIVE, seeds=SEEDS, steps=40, **changes):
 
 
 def write_campaign(
-    directory: Path, design=None, *, effects=(), noise=0.02, every=10, states=None, added=(), chosen=None, left_out=(), facts=None,
-    values=None, base=0.4,
+    directory: Path, design=None, *, effects=(), noise=0.02, every=10, states=None, added=(), chosen=None, left_out=(),
+    facts=None, values=None, base=0.4,
 ):  # fmt: skip
     """Write a campaign. ``effects`` are added to the final accuracy of each condition in order; ``states`` maps (condition,
     seed) to a state and the steps done, "waiting" leaving the run out; ``values`` maps (condition, seed) to an accuracy that
@@ -111,16 +112,18 @@ def write_run(path, label, seed, steps, done, state, final, noise, every, facts,
             "tokens_per_second": 8000.0 + 100 * draw.random(), "gradient_hash": None,
         })  # fmt: skip
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    beat = {"pid": 1, "host": "elsewhere" if state == "running" else "vm", "started": 1.0, "max_steps": steps, "time": time.time()}
-    run = {
-        "facts": {**FACTS, **facts}, "started_at_step": 0, "max_steps": steps, "host": beat["host"], "started": 1.0, "step": done,
-        "status": "running" if state == "dead" else state, "pid": 1, "heartbeat": time.time(), "spent_s": 0.3 * done,
+    last = next(({"step": r["step"], "accuracy": r["eval/accuracy"]} for r in reversed(rows) if "eval/accuracy" in r), None)
+    now, host = time.time(), "elsewhere" if state == "running" else platform.node()
+    beat = {
+        "pid": 1, "host": host, "started": 1.0, "max_steps": steps, "alarms": 0, "evaluation": last, "time": now, "step": done,
+        "tokens": 2500 * done, "phase": "saving", "phase_since": now, "moved": now, "usual_s": 0.1, "memory": {},
     }  # fmt: skip
-    if state == "dead":
-        run.pop("host")
-        beat.pop("host")
+    run = {
+        "facts": {**FACTS, **facts}, "started_at_step": 0, "max_steps": steps, "host": host, "started": 1.0, "step": done,
+        "status": "running" if state == "dead" else state, "pid": 1, "heartbeat": now, "spent_s": 0.3 * done,
+    }  # fmt: skip
     (path / "run.json").write_text(json.dumps(run))
-    (path / "heartbeat.json").write_text(json.dumps({**beat, "step": done, "tokens": 2500 * done, "phase": "saving", "moved": beat["time"]}))
+    (path / "heartbeat.json").write_text(json.dumps(beat))
     if state == "failed":
         (path / "events.log").write_text(
             "2026-11-21 12:00:05,000 ERROR BackendError: the loss is not finite at step 12.\n"

@@ -15,7 +15,6 @@ from typing import Any, Literal, cast
 
 from retrain.errors import ResumeError
 from retrain.tracking import layout
-from retrain.tracking.run_log import write_atomically
 
 FORMAT = 1
 LAST_SHARE = 0.2
@@ -75,6 +74,9 @@ def digest(declared: Declared) -> str:
 
 def write(directory: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``; what was declared may not differ from what stands there. ResumeError if it does."""
+    # numpy comes with it, and whoever only looks at a campaign needs none.
+    from retrain.tracking.run_log import write_atomically
+
     path = directory / layout.CAMPAIGN
     if path.exists() and read(directory).declared != manifest.declared:
         raise ResumeError(

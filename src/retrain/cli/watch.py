@@ -16,6 +16,7 @@ from retrain.cli.verb import own_flags
 from retrain.errors import UsageError
 
 if TYPE_CHECKING:
+    from retrain.campaign.progress import Progress
     from retrain.tracking.read import RunRecord
     from retrain.tracking.summary import Detail, Summary
 
@@ -24,7 +25,8 @@ USAGE = {
 Usage: retrain status [PATH ...] [--watch] [--interval S] [--json]
 
 How runs are doing. PATH is a run directory, a campaign or a folder of runs; without one: logs. A single run directory
-shows more: what it does now, every core metric with its healthy range, alarms, evaluations, checkpoints.
+shows more: what it does now, every core metric with its healthy range, alarms, evaluations, checkpoints. A single
+campaign shows how far it is, its runs by seed and condition, those that go on, and those that stopped with the reason.
 
   --watch          refresh until Ctrl-C
   --interval S     seconds between two refreshes (default 2)
@@ -123,6 +125,29 @@ def _single(paths: Sequence[str]) -> RunRecord | None:
     return run if layout.holds_run(run.path) or run.is_starting else None
 
 
+def _campaign(paths: Sequence[str]) -> Progress | None:
+    """The campaign, where exactly one campaign's directory is named."""
+    from retrain.tracking import layout
+
+    if len(paths) != 1 or not os.path.isdir(paths[0]) or not layout.holds_campaign(Path(paths[0])):
+        return None
+    from retrain.campaign import progress
+
+    return progress.look(Path(paths[0]))
+
+
+def campaign_text(found: Progress) -> str:
+    """A campaign: how far it is, its runs by seed and condition, those that go on, and those that stopped."""
+    from retrain.campaign import progress
+
+    head, rows, left = progress.grid(found)
+    shown = [*progress.header(found), "", *_aligned(head, rows, right=()), *left]
+    if found.going:
+        shown += ["", table_text(found.going)]
+    stopped = progress.stopped(found)
+    return "\n".join([*shown, *([""] if stopped else []), *stopped])
+
+
 def _document(paths: Sequence[str], *, going: bool = False) -> str:
     import json
 
@@ -134,7 +159,9 @@ def _document(paths: Sequence[str], *, going: bool = False) -> str:
         summary = summarize(run)
         if not going or summary.state in _GOING:
             runs.append({**summary.record(), **(examine(run).record() if single else {})})
-    return json.dumps({"time": time.time(), "runs": runs}, ensure_ascii=False)
+    campaign = _campaign(paths)
+    more = {"campaign": campaign.record()} if campaign else {}
+    return json.dumps({"time": time.time(), "runs": runs, **more}, ensure_ascii=False)
 
 
 def _shown(paths: Sequence[str]) -> str:
@@ -143,6 +170,9 @@ def _shown(paths: Sequence[str]) -> str:
     single = _single(paths)
     if single is not None:
         return detail_text(summarize(single), examine(single), single)
+    campaign = _campaign(paths)
+    if campaign is not None:
+        return campaign_text(campaign)
     runs = [summarize(run) for run in _runs(paths)]
     return table_text(runs) if runs else _nothing(paths)
 
@@ -202,7 +232,12 @@ def _going(paths: Sequence[str], width: int | None) -> str:
     ended = f", {others} ended" if others else ""
     clock = time.strftime("%H:%M:%S", time.localtime(time.time()))
     lines = [f"{clock}   {len(runs)} going{ended}" + ("   q leaves" if width else "")]
-    if not everything:
+    campaign = _campaign(paths)
+    if campaign is not None:
+        from retrain.campaign import progress
+
+        lines += progress.header(campaign)
+    elif not everything:
         lines.append(_nothing(paths))
     if runs:
         head = ("run", "state", "now", "step", "left", "reward", "correct", "", "tokens/s", "memory", "alarm")

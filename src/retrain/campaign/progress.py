@@ -1,0 +1,225 @@
+"""A campaign as ``status`` and ``top`` show it: how far it is, and every run in a few characters.
+
+Needs neither numpy nor the whole of any run's metrics, so that a look at hundreds of runs is quick.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from retrain.campaign import manifest, outcomes
+from retrain.campaign.manifest import Declared, Manifest
+from retrain.campaign.outcomes import run_name
+from retrain.tracking import layout
+from retrain.tracking.read import RunRecord, find_runs, lines
+from retrain.tracking.summary import Summary, duration, recent, summarize
+from retrain.tracking.vitals import number
+
+_STATES = ("done", "running", "silent", "hung", "failed", "dead", "interrupted", "unknown", "waiting")
+_GOING = ("running", "silent", "hung")
+_STOPPED = ("failed", "dead", "interrupted", "unknown")
+_NAMED = 20
+"""Runs that have stopped which are named one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One planned run: its state ("waiting" before it begins), completed steps, newest value of the outcome's metric, seconds
+    left and spent where they are known, and why it stopped."""
+
+    name: str
+    condition: str
+    seed: int
+    state: str
+    step: int
+    value: float | None
+    left_s: float | None
+    spent_s: float | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A campaign as it stands; ``summaries`` are of the runs that go on, ``trials`` counts states of runs that choose a
+    setting."""
+
+    directory: Path
+    manifest: Manifest
+    cells: tuple[Cell, ...]
+    summaries: Mapping[str, Summary]
+    trials: Mapping[str, int]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Runs by state, those that occur."""
+        found = Counter(cell.state for cell in self.cells)
+        return {state: found[state] for state in _STATES if found[state]}
+
+    @property
+    def going(self) -> list[Summary]:
+        """The runs that have a process."""
+        return [self.summaries[cell.name] for cell in self.cells if cell.state in _GOING]
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the last run is done if as many as now go on at once; None where that cannot be told."""
+        going = [cell for cell in self.cells if cell.state in _GOING]
+        usual = [cell.spent_s for cell in self.cells if cell.state == "done" and cell.spent_s]
+        waiting = sum(cell.state in ("waiting", "interrupted", "dead") for cell in self.cells)
+        if not going or (waiting and not usual):
+            return None
+        mean = sum(usual) / len(usual) if usual else 0.0
+        known = [cell.left_s if cell.left_s is not None else mean for cell in going]
+        return (sum(known) + waiting * mean) / len(going)
+
+    def awaited(self) -> tuple[int, int, int]:
+        """(seeds, ended runs, runs) of the first declared look that is not complete; of the last where all are."""
+        declared = self.manifest.declared
+        for count in declared.looks:
+            used = set(declared.seeds[:count])
+            runs = [cell for cell in self.cells if cell.seed in used]
+            ended = sum(cell.state in ("done", "failed") and cell.value is not None for cell in runs)
+            if ended < len(runs) or count == declared.looks[-1]:
+                return count, ended, len(runs)
+        return 0, 0, 0
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        seeds, ended, runs = self.awaited()
+        return {
+            "path": str(self.directory),
+            "name": self.manifest.declared.name,
+            "counts": self.counts,
+            "planned": len(self.cells),
+            "left_s": self.left_s,
+            "look": {"seeds": seeds, "ended": ended, "runs": runs},
+            "trials": dict(self.trials),
+            "cells": [asdict(cell) for cell in self.cells],
+        }
+
+
+def look(directory: Path) -> Progress:
+    """The campaign in ``directory``; ResumeError where its manifest is missing or was changed."""
+    found = manifest.read(directory)
+    why = {str(row.get("name")): str(row.get("why") or "") for row in lines(directory / layout.CAMPAIGN_PROCESSES)}
+    cells: list[Cell] = []
+    summaries: dict[str, Summary] = {}
+    for seed in found.seeds:
+        for label in found.declared.conditions:
+            name = run_name(label, seed)
+            run = RunRecord(directory / layout.CAMPAIGN_RUNS / name)
+            begun = layout.holds_run(run.path) or run.is_starting
+            if begun and run.state in _GOING:
+                summaries[name] = summarize(run)
+            cells.append(_cell(run, begun, label, seed, found.declared, summaries.get(name), why.get(name, "")))
+    root = directory / layout.CAMPAIGN_TRIALS
+    trials = Counter[str](run.state for run in (find_runs(root) if root.is_dir() else []))
+    return Progress(directory, found, tuple(cells), summaries, trials)
+
+
+def _cell(
+    run: RunRecord, begun: bool, label: str, seed: int, declared: Declared, summary: Summary | None, why: str
+) -> Cell:
+    name = run_name(label, seed)
+    if not begun:
+        return Cell(name, label, seed, "waiting", 0, None, None, None, why)
+    if summary is not None:
+        value = summary.correct if declared.outcome != "eval/accuracy" else _accuracy(summary.evaluation)
+        return Cell(name, label, seed, summary.state, summary.step, value, summary.left_s, summary.lasted_s, "")
+    if declared.outcome != "eval/accuracy":
+        value = recent([row for row in run.tail() if "batch_size" in row], declared.outcome)
+    else:
+        # A finished run's last heartbeat has its last evaluation; the end of its metrics has it where that is lost.
+        value = _accuracy(run.beat.get("evaluation"))
+        if value is None:
+            known = [number(row, declared.outcome) for row in run.tail()]
+            value = next((v for v in reversed(known) if v is not None), None)
+    if run.state == "failed":
+        # Only these are read whole.
+        why = outcomes.outcome(run.path, label, seed, declared).error or why
+    step, spent = number(run.facts, "step"), number(run.facts, "spent_s")
+    return Cell(name, label, seed, run.state, int(step or 0), value, None, spent, why if run.state in _STOPPED else "")
+
+
+def _accuracy(evaluation: Mapping[str, Any] | None) -> float | None:
+    return number(evaluation, "accuracy") if evaluation else None
+
+
+def header(progress: Progress) -> list[str]:
+    """How far the campaign is, in a few lines."""
+    declared, counts = progress.manifest.declared, progress.counts
+    others = ", ".join(f"{n} {state}" for state, n in counts.items() if state != "done")
+    left = progress.left_s
+    told = f"{counts.get('done', 0)} of {len(progress.cells)} runs done" + (f", {others}" if others else "")
+    lines = [f"{progress.directory}: {told}" + (f"; about {duration(left)} left" if left is not None else "")]
+    looks = ", ".join(map(str, declared.looks))
+    added = f" and {len(progress.manifest.added)} added ones" if progress.manifest.added else ""
+    lines.append(
+        f"  {len(declared.conditions)} conditions x {len(declared.seeds)} seeds{added}, {declared.max_steps} steps each; "
+        f"baseline {declared.baseline}; {'look' if len(declared.looks) == 1 else 'looks'} at {looks} seeds"
+    )
+    seeds, ended, runs = progress.awaited()
+    if ended < runs:
+        lines.append(f"  no verdict is read before {seeds} seeds of every condition are done ({ended} of {runs} runs are)")
+    else:
+        lines.append(f"  all declared seeds are done: retrain report {shlex.quote(str(progress.directory))} has the verdicts")
+    if progress.trials:
+        lines.append(f"  trials: {', '.join(f'{n} {state}' for state, n in sorted(progress.trials.items()))}")
+    return lines
+
+
+def grid(progress: Progress) -> tuple[tuple[str, ...], list[tuple[str, ...]], list[str]]:
+    """Head, rows (a seed each, its runs by condition) and what was left out of the rows: many seeds of which all runs are
+    done, or none has begun, are counted instead."""
+    labels = tuple(progress.manifest.declared.conditions)
+    by_seed = {seed: [c for c in progress.cells if c.seed == seed] for seed in progress.manifest.seeds}
+    total = progress.manifest.declared.max_steps
+    same = {seed: {cell.state for cell in cells} for seed, cells in by_seed.items()}
+    left: list[str] = []
+    hidden: set[int] = set()
+    for state, words in (("done", "are done in every condition"), ("waiting", "wait in every condition")):
+        seeds = [seed for seed, states in same.items() if states == {state}]
+        # The newest done ones and the next to come stay, for orientation.
+        fold = seeds[:-4] if state == "done" else seeds[2:]
+        if len(by_seed) > 12 and len(fold) > 1:
+            hidden |= set(fold)
+            left.append(f"{len(fold)} more seeds {words}")
+    rows = [
+        (str(seed), *(text(cell, total) for cell in cells)) for seed, cells in by_seed.items() if seed not in hidden
+    ]
+    return ("seed", *labels), rows, left
+
+
+def text(cell: Cell, total: int) -> str:
+    """A run in a few characters: ``41.2%`` done, ``17/40 31.0%`` going on, ``dead 12/40``."""
+    value = "" if cell.value is None else f"{cell.value:.1%}"
+    if cell.state == "done":
+        return value or "done"
+    if cell.state == "waiting":
+        return "-"
+    where = f"{cell.step}/{total}"
+    return " ".join(filter(None, (where, value) if cell.state == "running" else (cell.state, where, value)))
+
+
+def stopped(progress: Progress) -> list[str]:
+    """Runs that have stopped before their end, by name with the reason, and what goes on with them."""
+    cells = [c for c in progress.cells if c.state in _STOPPED or (c.state == "waiting" and c.why)]
+    if not cells:
+        return []
+    total = progress.manifest.declared.max_steps
+    told = [
+        f"{cell.name}: {'not begun' if cell.state == 'waiting' else f'{cell.state} at step {cell.step}/{total}'}"
+        + (f", {cell.why}" if cell.why else "")
+        for cell in cells[:_NAMED]
+    ]
+    more = [f"... and {len(cells) - _NAMED} more"] if len(cells) > _NAMED else []
+    return [*told, *more, *_again(cells, progress)]
+
+
+def _again(cells: Sequence[Cell], progress: Progress) -> list[str]:
+    return [f"retrain --resume {shlex.quote(str(progress.directory))} goes on with {'it' if len(cells) == 1 else 'them'}"]
