@@ -6,13 +6,13 @@ import math
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
-from scipy import optimize, special, stats  # pyright: ignore[reportMissingTypeStubs]
+from scipy import optimize, special  # pyright: ignore[reportMissingTypeStubs]
 
-Values = npt.NDArray[np.float64]
+from retrain.campaign.procedure import Values, t_critical
 
-_QUANTILES: Values = (np.arange(4000, dtype=np.float64) + 0.5) / 4000
-"""Midpoints of 4,000 equal shares of probability: expectations over a chi-square variable are means over them."""
+_TAILS: Values = (np.arange(4000, dtype=np.float64) + 0.5) / 4000
+"""Midpoints of 4,000 equal shares of probability. A mean over a variable's quantiles at them is its expectation; so the
+noncentral t is had from the normal distribution, also far out, where scipy's own returns NaN."""
 
 
 def shift_seen(df: float, alpha: float, power: float = 0.8) -> float:
@@ -20,20 +20,26 @@ def shift_seen(df: float, alpha: float, power: float = 0.8) -> float:
     degrees of freedom rejects with probability ``power``. Infinite without degrees of freedom."""
     if not df > 0:
         return math.inf
-    critical = float(cast("Any", stats.t).isf(alpha / 2, df))
-    if not math.isfinite(critical) or critical > 1e6:
-        return math.inf
+    thresholds = float(t_critical(alpha / 2, df)) * _relative_errors(df)
 
     def lacking(shift: float) -> float:
-        reached = cast("Any", stats.nct).sf(critical, df, shift) + cast("Any", stats.nct).cdf(
-            -critical, df, shift
-        )
-        return float(reached) - power
+        return float((_below(shift - thresholds) + _below(-shift - thresholds)).mean()) - power
 
-    most = 2.0 * critical + 10.0
+    most = 10.0
     while lacking(most) < 0:
         most *= 2
+        if most > 1e12:
+            return math.inf
     return float(cast("Any", optimize).brentq(lacking, 0.0, most))
+
+
+def _relative_errors(df: float) -> Values:
+    """Quantiles of an estimated standard error over the true one: the root of a chi-square over its ``df``."""
+    return np.sqrt(np.asarray(cast("Any", special).chdtri(df, _TAILS), np.float64) / df)
+
+
+def _below(z: Values) -> Values:
+    return np.asarray(cast("Any", special).ndtr(z), np.float64)
 
 
 def detectable(deviation: float, n: int, alpha: float, power: float = 0.8, *, paired: bool = False) -> float:
@@ -106,15 +112,8 @@ def equivalence_power(
     if deviation == 0:
         return 1.0
     df, error = (n - 1, deviation / math.sqrt(n)) if paired else (2 * n - 2, deviation * math.sqrt(2 / n))
-    critical = float(cast("Any", stats.t).isf(alpha, df))
-    estimated = error * np.sqrt(_chi_square(df) / df)
-    room = (margin - critical * estimated) / error
-    inside = 2 * np.asarray(cast("Any", special).ndtr(np.maximum(room, 0.0)), np.float64) - 1
-    return float(inside.mean())
-
-
-def _chi_square(df: float) -> Values:
-    return np.asarray(cast("Any", stats.chi2).ppf(_QUANTILES, df), np.float64)
+    room = margin / error - float(t_critical(alpha, df)) * _relative_errors(df)
+    return float((2 * _below(np.maximum(room, 0.0)) - 1).mean())
 
 
 def shortfalls(

@@ -6,13 +6,14 @@ bootstrap follow Agarwal et al., "Deep RL at the edge of the statistical precipi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+from scipy import optimize, special  # pyright: ignore[reportMissingTypeStubs]
 
 Values = npt.NDArray[np.float64]
 
@@ -23,7 +24,7 @@ BOOTSTRAPS = 20_000
 LEAST_SKEW = 0.5
 """Less pooled skewness than this does not count, however many runs show it."""
 LEAST_RATIO = 1.5
-"""A smaller ratio of two standard deviations does not count, however many runs show it."""
+"""A smaller ratio of the largest to the smallest standard deviation does not count, however many runs show it."""
 
 
 def sign_flip(gaps: Values, draws: int = DRAWS) -> tuple[float, float]:
@@ -68,8 +69,8 @@ def iqm_difference(
 ) -> tuple[float, float, float]:
     """IQM of ``a`` [n] minus that of ``b`` [m], with the ends of a percentile bootstrap interval of 1 - ``alpha``.
 
-    Stratified by arm: runs are drawn with replacement inside each. With 8 runs such an interval covers less than it
-    says, which is one reason why it never decides.
+    Stratified by arm: runs are drawn with replacement inside each. The interval is about another quantity than the test:
+    the mean of the middle half, on which a collapsed run has no weight.
     """
     generator = np.random.default_rng(seed)
     drawn = [_iqm_rows(arm[generator.integers(0, len(arm), (draws, len(arm)))]) for arm in (a, b)]
@@ -90,24 +91,40 @@ def pooled_skewness(arms: Sequence[Values]) -> Values:
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 
 
-def skewed_and_unequal(arms: Sequence[Values], a: Values, b: Values) -> npt.NDArray[np.bool_]:
-    """Whether a comparison of ``a`` with ``b`` [..., n] shows what breaks Welch's test: skew together with variances that
-    differ between the two.
+def skewed_and_unequal(arms: Sequence[Values]) -> npt.NDArray[np.bool_]:
+    """Whether all ``arms`` [..., n] of an analysis together show what breaks Welch's test: skew, and unequal variances.
 
-    The skew is pooled over all ``arms`` of the analysis, since 40 runs say more about it than the 16 of a pair, and
-    counts beyond two standard errors of its own under normality; the ratio of variances counts beyond the 99 % point of
-    F. False without three runs in an arm. Hit and false-alarm rates are in docs/statistics.md.
+    The pooled skew counts beyond two standard errors of its own under normality, the ratio of the largest to the smallest
+    variance beyond the 95 % point that it has under normality (Hartley 1950), both only where they matter at all. All arms
+    are judged at once, because the comparison that misleads is the one that shows least: an arm with rare bad runs looks
+    better and steadier than it is exactly when it drew none. False with fewer than three runs an arm or two arms. Hit and
+    false-alarm rates are in docs/statistics.md.
     """
-    n = min(a.shape[-1], b.shape[-1])
-    if n < 3:
-        return np.zeros(a.shape[:-1], np.bool_)
     runs = np.array([arm.shape[-1] for arm in arms], np.float64)
+    if len(arms) < 2 or runs.min() < 3:
+        return np.zeros(arms[0].shape[:-1], np.bool_)
     # Variance of one normal sample's skewness is 6 (n - 2) / ((n + 1) (n + 3)); arms weigh as they have runs.
-    variances = 6 * np.maximum(runs - 2, 0) / ((runs + 1) * (runs + 3))
+    variances = 6 * (runs - 2) / ((runs + 1) * (runs + 3))
     skew_limit = max(LEAST_SKEW, 2 * math.sqrt(float((runs**2 * variances).sum())) / float(runs.sum()))
-    ratio_limit = max(LEAST_RATIO**2, float(cast("Any", special).fdtri(n - 1, n - 1, 0.99)))
-    first, second = a.var(axis=-1, ddof=1), b.var(axis=-1, ddof=1)
-    larger, smaller = np.maximum(first, second), np.minimum(first, second)
-    rounding = (1e-12 * np.maximum(np.abs(a).max(axis=-1), np.abs(b).max(axis=-1))) ** 2
-    unequal = (larger > ratio_limit * smaller) & (larger > rounding)
+    ratio_limit = max(LEAST_RATIO**2, largest_ratio(len(arms), int(runs.min()) - 1))
+    spread = np.stack([arm.var(axis=-1, ddof=1) for arm in arms], axis=-1)
+    size = np.stack([np.abs(arm).max(axis=-1) for arm in arms], axis=-1).max(axis=-1)
+    largest, smallest = spread.max(axis=-1), spread.min(axis=-1)
+    unequal = (largest > ratio_limit * smallest) & (largest > (1e-12 * size) ** 2)
     return np.asarray((np.abs(pooled_skewness(arms)) > skew_limit) & unequal)
+
+
+@functools.cache
+def largest_ratio(arms: int, df: int, level: float = 0.05) -> float:
+    """The ratio of the largest to the smallest of ``arms`` (at least 2) variances with ``df`` degrees of freedom each that
+    normal runs of one variance exceed with probability ``level``."""
+    shares = (np.arange(4000, dtype=np.float64) + 0.5) / 4000
+    smallest = np.asarray(cast("Any", special).chdtri(df, 1 - shares), np.float64)
+
+    def beyond(logarithm: float) -> float:
+        inside = (
+            np.asarray(cast("Any", special).chdtr(df, smallest * math.exp(logarithm)), np.float64) - shares
+        )
+        return 1 - level - float((arms * np.maximum(inside, 0.0) ** (arms - 1)).mean())
+
+    return math.exp(float(cast("Any", optimize).brentq(beyond, 0.0, 40.0)))

@@ -90,7 +90,8 @@ class Comparison:
     ``low`` and ``high`` are the primary test's t interval of 1 - ``alpha_look``, uncorrected for other comparisons.
     ``p_equivalence`` belongs to the two one-sided tests. ``visible`` is the smallest true difference that is seen with
     80 % power at ``alpha_look`` / comparisons, from the deviations found. ``p_sign_flip`` (of differences by seed) with the
-    least value it could take, ``iqm_*`` with a bootstrap interval, and the warning ``skewed_and_unequal`` never decide.
+    least value it could take, ``iqm_*`` with a bootstrap interval, and ``skewed_and_unequal`` (a warning
+    about all conditions together) never decide.
     """
 
     label: str
@@ -208,6 +209,7 @@ def _compare(
     (base, against), *others = arms.items()
     made: list[Comparison] = []
     tested = decided.tested
+    suspect = bool(skewed_and_unequal(list(arms.values())))
     for i, (label, runs) in enumerate(others):
         error, df = float(tested.error[i]), float(tested.df[i])
         p_flip, least = sign_flip(runs - against) if len(runs) == len(against) else (math.nan, math.nan)
@@ -236,7 +238,7 @@ def _compare(
                 iqm_difference=middle,
                 iqm_low=middle_low,
                 iqm_high=middle_high,
-                skewed_and_unequal=bool(skewed_and_unequal(list(arms.values()), runs, against)),
+                skewed_and_unequal=suspect,
             )
         )  # fmt: skip
     return made
@@ -369,11 +371,10 @@ def _warnings(
             f"Judged on the first {len(used)} of {len(seeds)} seeds; of all planned runs {missing} "
             f"{'has' if missing == 1 else 'have'} no outcome yet."
         )
-    odd = [each.label for each in comparisons if each.skewed_and_unequal]
-    if odd:
+    if any(each.skewed_and_unequal for each in comparisons):
         found.append(
-            f"The runs look skewed, and the variances of {', '.join(odd)} and of the baseline differ: together they can "
-            "raise the rate of false verdicts of this test well above alpha. Look at the single runs before believing one."
+            "The runs look skewed, and the variances of the conditions differ: together they can raise the rate of false "
+            "verdicts well above alpha. Look at the single runs before believing one; more seeds help."
         )
     if comparisons and any(each.exploratory for each in comparisons):
         found.append(
