@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from retrain import cards, machine, preflight
 from retrain.campaign.manifest import Declared, Manifest
 from retrain.campaign.outcomes import run_name
-from retrain.config import campaigns
-from retrain.config.load import LoadedConfig, Override, load
+from retrain.config import campaigns, fields
+from retrain.config.load import LoadedConfig, Origin, Override, load
+from retrain.config.problems import KeyPath
 from retrain.config.schema import Campaign, Config
 from retrain.environments.sources import digest_of
 from retrain.errors import ConfigError
 from retrain.training import build, dry
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
@@ -31,12 +34,14 @@ class PlannedRun:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The runs of a campaign, seed by seed and in each the conditions in order, so that a campaign that is stopped early
-    holds balanced results. ``loaded`` is the whole configuration, with paths made absolute."""
+    holds balanced results. ``loaded`` is the whole configuration, with paths made absolute. ``announcements`` name what is
+    accepted and does nothing: in no run at all, or against what a condition sets."""
 
     loaded: LoadedConfig
     conditions: tuple[campaigns.Condition, ...]
     seeds: tuple[int, ...]
     runs: tuple[PlannedRun, ...]
+    announcements: tuple[str, ...] = ()
 
     @property
     def campaign(self) -> Campaign:
@@ -53,25 +58,64 @@ def plan(
     campaign = config.campaign or Campaign()
     conditions = campaigns.conditions(config)
     key, _ = campaigns.tuned(campaign)
-    wrong: list[str] = []
-    arms: dict[str, Config] = {}
-    for condition in conditions:
-        settings = dict(condition.settings)
-        if chosen and condition.label in chosen:
-            settings[key] = chosen[condition.label]
-        try:
-            arms[condition.label] = arm(loaded, condition, settings)
-        except ConfigError as error:
-            wrong += error.problems or [str(error)]
-    if wrong:
-        raise ConfigError("the conditions have problems.", problems=tuple(dict.fromkeys(wrong)))
+    arms: dict[str, LoadedConfig] = {}
+    with Problems() as problems:
+        for condition in conditions:
+            settings = dict(condition.settings)
+            if chosen and condition.label in chosen:
+                settings[key] = chosen[condition.label]
+            with problems.of(condition.label):
+                arms[condition.label] = arm(loaded, condition, settings)
     seeds = seeds or campaign.seeds
     runs = tuple(
-        PlannedRun(run_name(label, seed), label, seed, seeded(arms[label], name, label, seed))
+        PlannedRun(run_name(label, seed), label, seed, seeded(arms[label].config, name, label, seed))
         for seed in seeds
         for label in arms
     )
-    return Plan(loaded, conditions, seeds, runs)
+    return Plan(loaded, conditions, seeds, runs, _announcements(loaded, arms))
+
+
+class Problems:
+    """Collects what is wrong with several configurations, and raises it as one ConfigError at the end of the block. What
+    is wrong with all of them is said once, without the name of one."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[str]] = {}
+        self._tried: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None and self._found:
+            said = [
+                line if len(names) == len(self._tried) or names[0] in line else f"{line} (Of {', '.join(names)}.)"
+                for line, names in self._found.items()
+            ]
+            raise ConfigError("the conditions have problems.", problems=said)
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Generator[None]:
+        """Inside, a ConfigError is kept, as one of the configuration ``name``."""
+        self._tried.append(name)
+        try:
+            yield
+        except ConfigError as error:
+            for line in error.problems or [str(error)]:
+                self._found.setdefault(line, []).append(name)
+
+
+def _announcements(loaded: LoadedConfig, arms: Mapping[str, LoadedConfig]) -> tuple[str, ...]:
+    """What the campaign's own section announces, what holds for the runs of every condition, and what is about a setting
+    that a condition itself makes. That a shared setting does nothing in some conditions is what conditions are for."""
+    alone = set(without_campaign(loaded).announcements)
+    said = [line for arm in arms.values() for line in arm.announcements]
+    found = [line for line in loaded.announcements if line not in alone]
+    found += [line for line in said if said.count(line) == len(arms) or f"({_OF} " in line]
+    return tuple(dict.fromkeys(found))
+
+
+_OF = "condition"
 
 
 def anchored(loaded: LoadedConfig) -> LoadedConfig:
@@ -79,20 +123,59 @@ def anchored(loaded: LoadedConfig) -> LoadedConfig:
     config = preflight.anchored(loaded.config, loaded.path)
     paths = tuple(str(p.resolve()) for p in loaded.search_paths)
     config = config.model_copy(update={"plugins": config.plugins.model_copy(update={"search_paths": paths})})
-    return LoadedConfig(config, loaded.origins, loaded.announcements, loaded.path)
+    if config.campaign is not None and config.campaign.pilot:
+        pilot = _found(config.campaign.pilot, loaded.path)
+        config = config.model_copy(update={"campaign": config.campaign.model_copy(update={"pilot": pilot})})
+    return replace(loaded, config=config)
 
 
-def arm(loaded: LoadedConfig, condition: campaigns.Condition, settings: Mapping[str, Any]) -> Config:
-    """The configuration of one condition's runs, checked as a run's; its errors name the condition."""
-    config = loaded.config
-    campaign = config.campaign or Campaign()
-    base = config.model_copy(update={"campaign": None}).model_dump(exclude_unset=True, by_alias=True)
-    base.pop("campaign", None)
+def _found(path: str, toml: Path | None) -> str:
+    """The path made absolute where it exists beside the TOML or in the working directory."""
+    for root in (toml.parent if toml else Path.cwd(), Path.cwd()):
+        with contextlib.suppress(OSError, RuntimeError):
+            if (place := root / Path(path).expanduser()).exists():
+                return str(place.resolve())
+    return path
+
+
+def arm(loaded: LoadedConfig, condition: campaigns.Condition, settings: Mapping[str, Any]) -> LoadedConfig:
+    """The configuration of one condition's runs, checked as a run's. Its errors name the file and line of each value, and
+    the condition where it is the condition that sets it."""
+    campaign = loaded.config.campaign or Campaign()
+    base, places = _shared(loaded)
     base["training"] = {**base.get("training", {}), "max_steps": campaign.max_steps}
-    at = loaded.origins.get("campaign.conditions")
-    where = f"{at.where if at and at.where else 'campaign.conditions'} ({condition.label})"
-    overrides = [Override.of(key, value, where) for key, value in settings.items()]
-    return load(base, overrides).config
+    places[("training", "max_steps")] = Origin("file", loaded.where("campaign", "max_steps"))
+    overrides: list[Override] = []
+    for key, value in settings.items():
+        path = campaigns.path_of(condition, campaign, key)
+        where, named = loaded.where(*path), f"({_OF} {condition.label})"
+        overrides.append(Override.of(key, value, f"{where} {named}" if where else named))
+    return load(base, overrides, places=places)
+
+
+def without_campaign(loaded: LoadedConfig) -> LoadedConfig:
+    """The same configuration as that of one run."""
+    base, places = _shared(loaded)
+    return load(base, places=places)
+
+
+def _shared(loaded: LoadedConfig) -> tuple[dict[str, Any], dict[KeyPath, Origin]]:
+    """What all conditions share, as it was written, and where."""
+    config = loaded.config.model_copy(update={"campaign": None})
+    dump: dict[str, Any] = config.model_dump(exclude_unset=True, by_alias=True)
+    for section in ("campaign", "resume"):
+        dump.pop(section, None)
+    decided = {"training.seed", "training.max_steps", "logging.wandb_run_name", "logging.wandb_group"}
+    base: dict[str, Any] = {}
+    for section, table in dump.items():
+        # Making paths absolute leaves settings behind that nobody wrote.
+        base[section] = {
+            name: value
+            for name, value in table.items()
+            if f"{section}.{name}" not in decided
+            and ((section, name) in loaded.places or value != fields.settings()[f"{section}.{name}"].default)
+        }
+    return base, {path: origin for path, origin in loaded.places.items() if path[0] != "campaign"}
 
 
 def seeded(config: Config, name: str, label: str, seed: int) -> Config:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from retrain.config.fields import literal, settings
-from retrain.config.problems import KeyPath, Problem
+from retrain.config.idle import is_given
+from retrain.config.problems import KeyPath, Problem, dotted
 from retrain.config.schema import Campaign, Config
 
 STANDARD = (
@@ -74,11 +75,29 @@ def _condition(config: Config, index: int, table: Mapping[str, Any]) -> Conditio
         _ADVANTAGE: given.pop(_ADVANTAGE, config.algorithm.advantage_mode),
         _TRANSFORM: given.pop(_TRANSFORM, config.algorithm.transform_mode),
     }
-    label = f"{modes[_ADVANTAGE]}+{modes[_TRANSFORM]}"
+    label = re.sub(r"[^\w.+~=,-]+", "-", f"{modes[_ADVANTAGE]}+{modes[_TRANSFORM]}", flags=re.ASCII)
     for key, value in given.items():
-        label += f"~{_short(key)}={value if isinstance(value, str) else literal(value)}"
-    # The label names folders and is typed on command lines.
-    return Condition(re.sub(r"[^\w.+~=,-]+", "-", label, flags=re.ASCII), modes | given, index)
+        label = labelled(label, key, value)
+    return Condition(label, modes | given, index)
+
+
+def labelled(label: str, key: str, value: Any) -> str:
+    """A label with one more setting; it names folders and is typed on command lines."""
+    text = f"{label}~{_short(key)}={value if isinstance(value, str) else literal(value)}"
+    return re.sub(r"[^\w.+~=,-]+", "-", text, flags=re.ASCII)
+
+
+def path_of(condition: Condition, campaign: Campaign, key: str) -> KeyPath:
+    """Where the configuration sets ``key`` for a condition's runs, or for the trials of one."""
+    if condition.index >= 0:
+        for given, _, path in _flat(campaign.conditions[condition.index]):
+            if given == key:
+                return ("campaign", "conditions", condition.index, *path)
+    if key in (_ADVANTAGE, _TRANSFORM):
+        return ("campaign",) if condition.index < 0 else tuple(key.split("."))
+    if key == tuned(campaign)[0]:
+        return ("campaign", "tune", "lr" if campaign.tune.lr else "values")
+    return ("campaign", "tune", {"training.max_steps": "max_steps"}.get(key, "split"))
 
 
 def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any, KeyPath]]:
@@ -145,6 +164,7 @@ def check(config: Config) -> Iterator[Problem]:
     yield from _check_looks(campaign)
     yield from _check_launch(campaign)
     yield from _check_tune(config, campaign)
+    yield from _idle(config)
     if config.backend.adapter_path:
         yield Problem(
             ("backend", "adapter_path"), "backend.adapter_path is one folder, and every run of a campaign has an adapter.",
@@ -155,6 +175,20 @@ def check(config: Config) -> Iterator[Problem]:
             ("eval", "source"), "eval.source is empty: conditions are compared by the correct rate of training.",
             "set [eval] source to compare them on held-out tasks.", note=True,
         )  # fmt: skip
+
+
+def _idle(config: Config) -> Iterator[Problem]:
+    """Settings of one run that a campaign decides for each of its runs."""
+    uses_wandb = bool(config.logging.wandb_project) or "wandb" in config.logging.trackers
+    for key, instead, matters in (
+        ("training.seed", "campaign.seeds lists the seeds of the runs", True),
+        ("training.max_steps", "every run takes campaign.max_steps", True),
+        ("logging.wandb_run_name", "a run is named by its condition and seed", uses_wandb),
+        ("logging.wandb_group", "a run's group is its condition", uses_wandb),
+    ):
+        section, _, name = key.partition(".")
+        if matters and is_given(config, key):
+            yield Problem((section, name), f"{key} does nothing in a campaign: {instead}.", note=True)
 
 
 def _check_condition(index: int, table: Mapping[str, Any]) -> Iterator[Problem]:
@@ -228,21 +262,60 @@ def _check_tune(config: Config, campaign: Campaign) -> Iterator[Problem]:
             ("campaign", "tune", "field"), f"campaign.tune.field = {literal(tune.field)} is not a setting.",
             "name one by its dotted key.",
         )  # fmt: skip
+    key, values = tuned(campaign)
     used = sorted(set(tune.seeds) & set(campaign.seeds))
-    if tuned(campaign)[1] and used:
+    if values and used:
         yield Problem(
             ("campaign", "tune", "seeds"), f"seed {used[0]} is one of campaign.seeds: trials need seeds of their own.",
             "use others for the trials.",
         )  # fmt: skip
     for other in ("split", "max_steps"):
-        if not tuned(campaign)[1] and getattr(tune, other):
+        if not values and getattr(tune, other):
             yield Problem(
                 ("campaign", "tune", other), f"campaign.tune.{other} does nothing: no values to try.", "list lr = [...]."
             )
-    if tuned(campaign)[1] and not config.eval.source:
+    if not values:
+        return
+    place: KeyPath = ("campaign", "tune", "lr" if tune.lr else "values")
+    if not config.eval.source:
         yield Problem(
             ("campaign", "tune"), "campaign.tune chooses by held-out accuracy, and eval.source is empty.",
             "set [eval] source.",
+        )  # fmt: skip
+    if len(set(map(literal, values))) < len(values):
+        yield Problem(place, f"{dotted(place)} = {literal(list(values))} holds a value twice.", "list it once.")
+    elif len(values) == 1:
+        yield Problem(place, f"{dotted(place)} holds one value: nothing is chosen.", "list at least two.")
+    for seed, count in Counter(tune.seeds).items():
+        if count > 1:
+            yield Problem(("campaign", "tune", "seeds"), f"campaign.tune.seeds holds {seed} {count} times.", "list it once.")
+    why = next((_SAME_FOR_ALL[k] for k in (key, key.partition(".")[0]) if k in _SAME_FOR_ALL), "")
+    if why and tune.field:
+        yield Problem(
+            ("campaign", "tune", "field"), f"campaign.tune.field = {literal(tune.field)} cannot differ between conditions: "
+            f"{why}.", "name another setting.",
+        )  # fmt: skip
+    elif key in (_ADVANTAGE, _TRANSFORM):
+        yield Problem(
+            ("campaign", "tune", "field"), f"campaign.tune.field = {literal(tune.field)} is what makes a condition.",
+            "list the modes as conditions.",
+        )  # fmt: skip
+    for condition in conditions(config):
+        if key in condition.settings and key not in (_ADVANTAGE, _TRANSFORM):
+            yield Problem(
+                path_of(condition, campaign, key),
+                f"condition {condition.label} sets {key}, which campaign.tune chooses for every condition.",
+                "remove one of them.",
+            )  # fmt: skip
+    if tune.split and tune.split == config.eval.split:
+        yield Problem(
+            ("campaign", "tune", "split"), f"campaign.tune.split = {literal(tune.split)} is the split that is evaluated.",
+            "leave it out: trials then choose on the tasks that follow the evaluation's own.",
+        )  # fmt: skip
+    elif tune.split and config.eval.source == config.data.source and tune.split == config.data.split:
+        yield Problem(
+            ("campaign", "tune", "split"), f"campaign.tune.split = {literal(tune.split)} is the split that is trained on.",
+            "name one that is not, or leave it out.",
         )  # fmt: skip
 
 

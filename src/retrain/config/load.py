@@ -10,7 +10,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
@@ -53,13 +53,19 @@ class Origin:
 class LoadedConfig:
     """A checked configuration with the origin of every setting.
 
-    ``announcements`` name what is accepted and does nothing here. ``path`` is the TOML, None without one.
+    ``announcements`` name what is accepted and does nothing here. ``path`` is the TOML, None without one. ``places`` are
+    the origins of everything that was written, also inside tables, by its key in parts.
     """
 
     config: Config
     origins: Mapping[str, Origin]
     announcements: tuple[str, ...] = ()
     path: Path | None = None
+    places: Mapping[KeyPath, Origin] = field(default_factory=dict[KeyPath, Origin])
+
+    def where(self, *path: str | int) -> str:
+        """The place of a key, or of the nearest table around it, in words; "" where nothing of it was written in a file."""
+        return _where(self.places, path, self.path)
 
     @property
     def search_paths(self) -> tuple[Path, ...]:
@@ -91,13 +97,19 @@ def load_config(source: Source = None, overrides: Sequence[Override] | Mapping[s
 
 
 def load(
-    source: Source = None, overrides: Sequence[Override] | Mapping[str, Any] = (), *, label: str = ""
+    source: Source = None,
+    overrides: Sequence[Override] | Mapping[str, Any] = (),
+    *,
+    label: str = "",
+    places: Mapping[KeyPath, Origin] | None = None,
 ) -> LoadedConfig:
     """Like ``load_config``, with the origin of every value and what is to be announced.
 
-    ``label`` stands for the file's path where the file is not the user's own, such as a template.
+    ``label`` stands for the file's path where the file is not the user's own, such as a template. ``places`` says where
+    the values of a mapping come from.
     """
     raw, origins, path = _read(source, label)
+    origins |= places or {}
     listed = (
         overrides if not isinstance(overrides, Mapping) else [Override.of(k, v) for k, v in overrides.items()]
     )
@@ -122,6 +134,7 @@ def load(
         origins={key: origins.get(tuple(key.split(".")), DEFAULT) for key in settings()},
         announcements=tuple(f.line(_where(origins, f.path, path)) for f in independent),
         path=path,
+        places=origins,
     )
 
 

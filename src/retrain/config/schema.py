@@ -352,6 +352,7 @@ class Eval(Section):
         default=0, description="Steps between evaluations; 0: only at the start and the end."
     )
     examples: Count = Field(default=256, description="Tasks of an evaluation, the same every time.")
+    skip: Limit = Field(default=0, description="Held-out tasks, in their seeded order, that are passed over.")
     samples: Size = Field(default=1, description="Rollouts per task of an evaluation.")
     temperature: Temperature | None = Field(
         default=None, description="Sampling temperature; unset: training's."

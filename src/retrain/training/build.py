@@ -150,18 +150,22 @@ def _main_evaluator(config: Config, renderer: Renderer) -> Evaluator:
     return _evaluator_of(
         config, renderer, held_out,
         examples=section.examples, samples=section.samples, temperature=section.temperature,
-        name=f"{section.source}/{section.split}", prefix="eval",
+        name=f"{section.source}/{section.split}", prefix="eval", skip=section.skip,
     )  # fmt: skip
 
 
 def _evaluator_of(
     config: Config, renderer: Renderer, held_out: Sequence[Task],
-    *, examples: int, samples: int, temperature: float | None, name: str, prefix: str,
+    *, examples: int, samples: int, temperature: float | None, name: str, prefix: str, skip: int = 0,
 ) -> Evaluator:  # fmt: skip
+    if skip >= len(held_out):
+        raise DataError(
+            f"eval.skip = {skip} passes over all {len(held_out)} held-out tasks.", fix="lower it, or name another eval.split."
+        )
     # A seeded draw, not the first ones: a file's first rows are rarely a fair sample of it.
     chosen = TaskCursor(held_out, seed=config.eval.seed, shuffle=True).take(
-        min(examples or len(held_out), len(held_out))
-    )
+        min(skip + (examples or len(held_out)), len(held_out))
+    )[skip:]
     sampling = sampling_of(config, renderer, temperature=temperature or config.training.temperature)
     return Evaluator(
         tasks=tuple(chosen),
