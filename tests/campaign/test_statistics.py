@@ -523,6 +523,8 @@ def test_designs_that_cannot_show_something_are_named() -> None:
     assert "6 seeds could" in four[0]
     assert "Equivalence within 2 points" in four[1]
     assert shortfalls(5, 32, alpha=0.05, margin=0.02, deviation=0.015) == ()
+    assert "17 seeds could" in shortfalls(2, 4, alpha=2.0**-16, margin=0.02)[0]
+    assert attainable(17, paired=True) == 2.0**-16
     assert "nothing to be compared with" in shortfalls(1, 8, alpha=0.05, margin=0.02)[0]
     assert "no variance" in shortfalls(5, 1, alpha=0.05, margin=0.02)[0]
     assert "almost never" in shortfalls(5, 8, alpha=0.05, margin=0.02, deviation=0.2)[-1]

@@ -6,9 +6,9 @@ import math
 from typing import Any, cast
 
 import numpy as np
-from scipy import optimize, special  # pyright: ignore[reportMissingTypeStubs]
+from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
-from retrain.campaign.procedure import Values, t_critical
+from retrain.campaign.procedure import Values, crossing, t_critical
 
 _TAILS: Values = (np.arange(4000, dtype=np.float64) + 0.5) / 4000
 """Midpoints of 4,000 equal shares of probability. A mean over a variable's quantiles at them is its expectation; so the
@@ -30,7 +30,7 @@ def shift_seen(df: float, alpha: float, power: float = 0.8) -> float:
         most *= 2
         if most > 1e12:
             return math.inf
-    return float(cast("Any", optimize).brentq(lacking, 0.0, most))
+    return crossing(lacking, 0.0, most)
 
 
 def _relative_errors(df: float) -> Values:
@@ -138,10 +138,10 @@ def shortfalls(
     level = alpha / (conditions - 1)
     least = attainable(n, paired=True)
     if least > level:
-        enough = next(k for k in range(n, 64) if attainable(k, paired=True) <= level)
+        enough = math.ceil(1 - math.log2(level))
         found.append(
-            f"{n} seeds: the exact sign-flip test cannot give a p below {least:.3g}, and a difference among "
-            f"{conditions - 1} comparison{'s' * (conditions > 2)} needs {level:.3g}. It can never support one; "
+            f"{n} seeds: the exact sign-flip test cannot give a p below {least:.3g}, and with "
+            f"{conditions - 1} comparison{'s' * (conditions > 2)} a difference needs {level:.3g}. It can never support one; "
             f"{enough} seeds could. The t test decides."
         )
     if deviation is None:
@@ -153,7 +153,7 @@ def shortfalls(
         )
     chance = equivalence_power(deviation, n, margin, alpha, paired=paired)
     if chance < 0.8:
-        rarely = "almost never" if chance < 0.01 else f"in {chance:.0%} of campaigns"
+        rarely = "almost never" if chance < 0.01 else f"in {100 * chance:.0f} % of campaigns"
         found.append(
             f"Equivalence within {100 * margin:.3g} points would be shown {rarely} even if there were no difference "
             f"at all ({n} seeds, deviation {100 * deviation:.3g} points)."

@@ -6,7 +6,7 @@ Everything works over leading axes, so that one analysis and ten thousand simula
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
@@ -70,6 +70,20 @@ def t_tail(t: Values, df: Values | float) -> Values:
 def t_critical(tail: float, df: Values | float) -> Values:
     """The t that is exceeded with probability ``tail``."""
     return -np.asarray(cast("Any", special).stdtrit(df, tail), np.float64)
+
+
+def crossing(rising: Callable[[float], float], low: float, high: float) -> float:
+    """Where ``rising`` becomes positive between ``low`` and ``high``, to 1e-15 of their distance.
+
+    By halving; scipy.optimize would need fewer calls, and half a second to be imported.
+    """
+    for _ in range(50):
+        middle = (low + high) / 2
+        if rising(middle) > 0:
+            high = middle
+        else:
+            low = middle
+    return (low + high) / 2
 
 
 def moments(values: Values) -> tuple[Values, Values]:

@@ -13,7 +13,9 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, special  # pyright: ignore[reportMissingTypeStubs]
+from scipy import special  # pyright: ignore[reportMissingTypeStubs]
+
+from retrain.campaign.procedure import crossing
 
 Values = npt.NDArray[np.float64]
 
@@ -121,10 +123,10 @@ def largest_ratio(arms: int, df: int, level: float = 0.05) -> float:
     shares = (np.arange(4000, dtype=np.float64) + 0.5) / 4000
     smallest = np.asarray(cast("Any", special).chdtri(df, 1 - shares), np.float64)
 
-    def beyond(logarithm: float) -> float:
+    def covered(logarithm: float) -> float:
         inside = (
             np.asarray(cast("Any", special).chdtr(df, smallest * math.exp(logarithm)), np.float64) - shares
         )
-        return 1 - level - float((arms * np.maximum(inside, 0.0) ** (arms - 1)).mean())
+        return float((arms * np.maximum(inside, 0.0) ** (arms - 1)).mean()) - (1 - level)
 
-    return math.exp(float(cast("Any", optimize).brentq(beyond, 0.0, 40.0)))
+    return math.exp(crossing(covered, 0.0, 40.0))

@@ -53,19 +53,19 @@ def split_variance(arms: Sequence[Values], evaluation: float | None) -> Variance
 
 
 def _advice(total: float, evaluation: float, share: float) -> str:
+    bound = f"{100 * share:.0f} %"
     found = (
         f"Over seeds the outcome's standard deviation is {100 * math.sqrt(total):.2g} points; evaluation accounts for at "
-        f"most {share:.0%} of its variance. "
+        f"most {bound} of its variance. "
     )
-    perfect = 1 - math.sqrt(1 - share)
     if share < _LITTLE:
+        perfect = f"{100 * (1 - math.sqrt(1 - share)):.0f} %"
         return found + (
-            f"Buy seeds: even a perfect evaluation would shrink the visible difference by at most {perfect:.0%}, twice the "
+            f"Buy seeds: even a perfect evaluation would shrink the visible difference by at most {perfect}, twice the "
             "seeds shrink it by 29 %."
         )
-    halved = 1 - math.sqrt(1 - share / 2)
+    halved = f"{100 * (1 - math.sqrt(1 - share / 2)):.0f} %"
     return found + (
-        f"Buy evaluation first, it costs no training: twice the held-out tasks shrink the visible difference by up to "
-        f"{halved:.0%}, twice the seeds by 29 %. It is a bound, because tasks that differ in difficulty count in it though all "
-        "runs share them."
+        f"Buy evaluation first, it costs no training: twice the held-out tasks shrink the visible difference by up to {halved}, "
+        "twice the seeds by 29 %. It is a bound, because tasks that differ in difficulty count in it though all runs share them."
     )
