@@ -5,10 +5,11 @@
 Every simulated campaign goes through the product's own ``retrain.campaign.procedure.decide``. Exit status 1 when a bar is
 missed. ``--page`` writes the tables of docs/statistics.md from the stored results instead of simulating.
 
-docs/statistics.md says which distributions were fixed before the first figure was seen. Outcomes are accuracies around 0.5 with a deviation of 2
-points over seeds; 5 conditions of 8 runs. "skewed": errors from a gamma distribution of shape 1 (skewness 2), the upper
-end of what accuracies of runs that mostly work show; "collapsed": each run loses 30 points with probability 0.1;
-"unequal": deviations of the arms from 1 to 4 points, with the baseline among the quiet ones, and once the noisy one.
+docs/statistics.md says which distributions were fixed before the first figure was seen. Outcomes are accuracies around
+0.5 with a deviation of 2 points over seeds; 5 conditions of 8 runs. "skewed": errors from a gamma distribution of shape 1
+(skewness 2), the upper end of what accuracies of runs that mostly work show; "collapsed": each run loses 30 points with
+probability 0.1; "unequal": deviations of the arms from 1 to 4 points, with the baseline among the quiet ones, and once
+the noisy one.
 """
 
 from __future__ import annotations
