@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from retrain.campaign import manifest, words
-from retrain.campaign.findings import Findings
+from retrain.campaign.findings import Findings, runs_of
 from retrain.campaign.outcomes import RunOutcome, counts
 from retrain.report.content import Table, flat
 from retrain.report.figures import number
@@ -182,7 +182,7 @@ def versions(campaign: Findings) -> Table:
     rows = tuple(
         (
             key.replace("_", " "),
-            "; ".join(f"{value}{f' ({n} runs)' if len(values) > 1 else ''}" for value, n in values.items()),
+            "; ".join(f"{value}{f' ({runs_of(n)})' if len(values) > 1 else ''}" for value, n in values.items()),
         )
         for key, values in told.items()
         if len(values) <= _LISTED

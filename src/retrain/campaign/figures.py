@@ -21,7 +21,7 @@ from retrain.report.visible import visible
 # plotly carries no types.
 _go: Any = importlib.import_module("plotly.graph_objects")
 
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "triangle-down")
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "hexagon", "triangle-down", "pentagon")
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _ROW = 72
 """Pixels of a row of the plots that have a row for each condition; its text stands above its marks."""
@@ -128,7 +128,8 @@ def curves(metric: Curves, drawn: Mapping[str, Look], *, seeds: bool, share: boo
         said.append(f"{label}: {first} to {last} ({spread}).")
     known = np.concatenate([values.ravel() for values in metric.values.values()])
     known = known[~np.isnan(known)]
-    if not len(known) or float(np.ptp(known)) == 0:
+    # Means of equal values differ by rounding.
+    if not len(known) or float(np.ptp(known)) <= 1e-9 * float(np.abs(known).max()):
         return None
     for trace in (*singles, *bands, *means):
         figure.add_trace(trace)
@@ -168,7 +169,8 @@ def forest(analysis: Analysis, drawn: Mapping[str, Look], *, margin: float, base
                 hovertemplate="%{x:+.2f} points",
             )
         )  # fmt: skip
-        numbers = f"{middle:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "\u2212")
+        digits = 1 if high - low >= 2 else 2
+        numbers = f"{middle:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})".replace("-", "\u2212")
         _above(figure, y, f"<b>{named(row.label)}</b>{'<br>' if long else ': '}{row.verdict}, {numbers}")
     ends = [100 * v for row in known for v in (row.low, row.high, row.difference) if not math.isnan(v)]
     far = 1.12 * max(*map(abs, ends), 150 * margin)
@@ -229,7 +231,7 @@ def strip(
             _above(figure, y, f"<b>{named(arm.label)}</b>: no value")
     figure.update_layout(hovermode="closest")
     text = (
-        f"Each point is a run, each bar the mean of a condition with its {coverage:.4g} % t interval. Thin crosses are runs that "
+        f"Each point is a run, each bar the mean of a condition with its {coverage:.4g} % t interval. Crosses are runs that "
         "broke off and count at their last evaluation."
     )
     return Plot("strip", title, text, figure, "result")

@@ -24,7 +24,8 @@ from retrain.tracking.read import find_runs, lines
 from retrain.tracking.vitals import number
 
 _SAME = {
-    "retrain": "versions of retrain", "code": "code", "plugins": "code of plug-ins", "reward_code": "code of the reward",
+    "retrain": "versions of retrain", "code": "states of the code", "plugins": "states of plug-ins",
+    "reward_code": "states of the reward's code",
     "torch": "versions of torch", "transformers": "versions of transformers", "peft": "versions of peft",
     "device": "devices", "threads": "numbers of threads", "dtype": "number types", "machine": "machines",
     "weights": "weights of the model",
@@ -196,15 +197,15 @@ def _warnings(
         counted = Counter(value for value in of_runs.values() if value)
         own = key in _MAY_BE_SET and any(s.startswith(_MAY_BE_SET[key] or s) for s in sets)
         if len(counted) > 1 and not own:
-            told = "; ".join(f"{_value(v)} ({n} runs)" for v, n in counted.most_common(4))
+            told = "; ".join(f"{_value(v)} ({runs_of(n)})" for v, n in counted.most_common(4))
             said.append(
                 f"The runs used {len(counted)} different {words}: {told}. A difference between conditions may be theirs."
             )
         declaring = declared.versions.get(key, "")
         if len(counted) == 1 and not own and declaring and declaring not in counted:
             said.append(
-                f"Since the design was declared the {words} changed: {_value(declaring)} then, "
-                f"{_value(next(iter(counted)))} in the runs."
+                f"The runs used other {words} than the design was declared with: {_value(next(iter(counted)))}, declared "
+                f"{_value(declaring)}."
             )
     threads = Counter(reading.facts.get("threads", "") for reading in readings.values())
     others = {value for value in threads if value and value != str(declared.threads)}
@@ -232,6 +233,11 @@ def _tasks(declared: Declared, readings: Mapping[str, Reading]) -> list[str]:
             "not what was declared."
         )
     return said
+
+
+def runs_of(count: int) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{count:,} run{'' if count == 1 else 's'}"
 
 
 def _names(names: Sequence[str]) -> str:
