@@ -15,7 +15,8 @@ from retrain.cli.commands import COMMANDS
 from retrain.cli.main import main
 from retrain.config.fields import settings
 from retrain.config.load import Override, load
-from retrain.config.options import flags, value_of
+from retrain.config.flags import flags
+from retrain.config.options import value_of
 from retrain.errors import ConfigError
 
 TEXTS = completion.Texts(manual.usage_of, manual.topics(), manual.FORMATS)

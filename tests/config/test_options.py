@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrain.config import fields
-from retrain.config.options import flags, flags_of, parse
+from retrain.config.flags import flags, flags_of
+from retrain.config.options import parse
 from retrain.errors import UsageError
 
 SEED_TABLE = {

@@ -12,7 +12,8 @@ from retrain.cli import scaffold
 from retrain.cli.commands import COMMANDS
 from retrain.config import names, own, templates
 from retrain.config.fields import Setting, settings
-from retrain.config.options import SWITCHES, flags_of
+from retrain.config.flags import flags_of
+from retrain.config.options import SWITCHES
 from retrain.config.rules import NAMED, PYTORCH_LACKS, written
 
 SHELLS = ("bash", "zsh", "fish")

@@ -116,7 +116,7 @@ def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any, KeyPath]]:
 
 def _key_of(written: str) -> str:
     """The dotted key that a dotted or flat name means; "" for none."""
-    from retrain.config.options import flags
+    from retrain.config.flags import flags
 
     if written in settings():
         return written
@@ -124,7 +124,7 @@ def _key_of(written: str) -> str:
 
 
 def _short(key: str) -> str:
-    from retrain.config.options import flags
+    from retrain.config.flags import flags
 
     name = key.rpartition(".")[2]
     return name if flags().get("--" + name.replace("_", "-")) == key else key

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from retrain.config.fields import Setting, key_text, literal, sections, settings
-from retrain.config.options import SWITCHES, flags, flags_of
+from retrain.config.flags import flags, flags_of
+from retrain.config.options import SWITCHES
 
 FREQUENT = (
     "--model",

@@ -4,36 +4,15 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
 from retrain.config.fields import Setting, settings
+from retrain.config.flags import flags, flags_of
 from retrain.config.load import Override
 from retrain.errors import UsageError
-
-PREFERRED = {
-    "seed": "training.seed",
-    "lr": "training.lr",
-    "max_steps": "training.max_steps",
-    "temperature": "training.temperature",
-    "model": "model.model",
-    "source": "data.source",
-    "adapter_path": "backend.adapter_path",
-}
-"""Names that several sections hold, and the section that a flat flag means."""
-
-SPECIAL = {
-    "--resume": "resume.from",
-    "--algorithm-param": "algorithm.params",
-    "--advantage-param": "algorithm.advantage_params",
-    "--transform-param": "algorithm.transform_params",
-    "--backend-opt": "backend.options",
-}
-"""Flags with names of their own."""
 
 SWITCHES = {
     "--overwrite": "Replace the run that the log_dir holds.",
@@ -54,31 +33,6 @@ class CommandLine:
     config: str | None = None
     overrides: list[Override] = field(default_factory=list[Override])
     switches: set[str] = field(default_factory=set[str])
-
-
-@cache
-def flags() -> Mapping[str, str]:
-    """Every flag that sets something, with its dotted key; a key's first flag is the usual one."""
-    count = Counter(setting.name for setting in settings().values())
-    found: dict[str, str] = dict(SPECIAL)
-    for key, setting in settings().items():
-        is_plain = "." not in setting.name and setting.name != "from"
-        if is_plain and (count[setting.name] == 1 or PREFERRED.get(setting.name) == key):
-            found.setdefault(_kebab(setting.name), key)
-    for key, setting in settings().items():
-        if "." not in setting.name:
-            found.setdefault(_kebab(f"{setting.section}_{setting.name}"), key)
-        found[f"--{key}"] = key
-    return found
-
-
-def flags_of(key: str) -> list[str]:
-    """Flat flags of one setting, the dotted one left out."""
-    return [flag for flag, target in flags().items() if target == key and flag != f"--{key}"]
-
-
-def _kebab(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def parse(
