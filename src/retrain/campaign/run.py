@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from retrain import cards
-from retrain.campaign import manifest, outcomes, plan
+from retrain.campaign import forecast, manifest, outcomes, plan, tune
 from retrain.campaign.launchers import Ended, Job, Launcher, Processes
 from retrain.campaign.manifest import Manifest
 from retrain.campaign.plan import Plan, PlannedRun
@@ -78,10 +78,12 @@ def execute(
     check_writable(root, "logging.log_dir")
     directory = _new_directory(root)
     planned = plan.plan(plan.anchored(loaded), name=directory.name)
-    declared = plan.declare(planned, directory.name, threads=plan.threads_of(loaded.config))
+    told = forecast.forecast(planned)
+    forecast.refuse_unfit(planned, told)
+    declared = plan.declare(planned, directory.name, threads=told.threads, tune=tune.declared(planned))
     directory.mkdir(parents=True)
     with _locked(directory), _logging(directory):
-        for line in loaded.announcements:
+        for line in (*planned.announcements, *forecast.lines(told, loaded.config)):
             log.info(line)
         write_atomically(directory / layout.CONFIG, dump_toml(_stored(planned.loaded.config)))
         manifest.write(directory, declared)
@@ -143,7 +145,11 @@ def _continue(directory: Path, loaded: LoadedConfig, *, plain: bool, stop: threa
 def _run(
     directory: Path, planned: Plan, known: Manifest, *, plain: bool, stop: threading.Event
 ) -> CampaignResult:
-    run_all(directory / layout.CAMPAIGN_RUNS, planned.runs, planned, known, plain=plain, stop=stop)
+    if known.declared.tune and not known.chosen:
+        known = _choose(directory, planned, known, plain=plain, stop=stop)
+        planned = plan.plan(planned.loaded, name=directory.name, seeds=known.seeds, chosen=known.chosen)
+    if not stop.is_set():
+        run_all(directory / layout.CAMPAIGN_RUNS, planned.runs, planned, known, plain=plain, stop=stop)
     counts = outcomes.counts(outcomes.gather(directory, known))
     status: Literal["done", "interrupted", "failed"] = "done"
     if stop.is_set() and set(counts) != {"done"}:
@@ -153,11 +159,32 @@ def _run(
     return CampaignResult(status, directory, counts)
 
 
+def _choose(
+    directory: Path, planned: Plan, known: Manifest, *, plain: bool, stop: threading.Event
+) -> Manifest:
+    """Bring the trials to their end, unless ``stop`` comes first, and write down what each condition chose."""
+    runs = tune.planned_trials(planned)
+    log.info("Trials first: %d runs choose %s for each condition.", len(runs), (known.declared.tune or {})["field"])
+    # A trial whose process did not live to say how it ended gets a second one; then it counts at its last evaluation.
+    for _ in range(2):
+        states = tune.states(directory, known)
+        todo = [run for run in runs if states[run.name] not in ("done", "failed")]
+        if todo and not stop.is_set():
+            run_all(directory / layout.CAMPAIGN_TRIALS, todo, planned, known, plain=plain, stop=stop)
+    if stop.is_set():
+        return known
+    known = replace(known, chosen=tune.choose(tune.trials(directory, known)))
+    manifest.write(directory, known)
+    for label, value in known.chosen.items():
+        log.info("%s chose %s.", label, value)
+    return known
+
+
 def run_all(
     root: Path, runs: Sequence[PlannedRun], planned: Plan, known: Manifest, *, plain: bool, stop: threading.Event
 ) -> None:
     """Bring every run below ``root`` that is not done to its end, resuming what was begun."""
-    todo = [run for run in runs if not is_done(root / run.name, known.declared.max_steps)]
+    todo = [run for run in runs if not is_done(root / run.name, run.config.training.max_steps)]
     finished = len(runs) - len(todo)
     if finished:
         log.info("%d of %d runs are done already.", finished, len(runs))
@@ -192,7 +219,7 @@ def _launcher(planned: Plan, known: Manifest) -> Launcher:
     devices = [] if config.backend.devices == "cpu" else cards.visible()
     how = campaigns.launcher(campaign)
     return Processes(
-        workers=plan.workers(config),
+        workers=forecast.workers(planned),
         threads=known.declared.threads,
         devices=devices if how == "processes" else (),
         stagger_s=campaign.stagger_seconds if how == "processes" else 0.0,
