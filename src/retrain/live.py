@@ -55,6 +55,9 @@ def device_memory() -> dict[str, Any]:
 class LiveView:
     """Lines below a console's output. ``log`` and ``alarm`` feed it, ``look`` (a heartbeat) tells it what goes on now."""
 
+    every_s = _EVERY_S
+    """Seconds between two frames."""
+
     def __init__(self, console: Console, *, total_steps: int) -> None:
         self._console = console
         self._total = total_steps
@@ -91,7 +94,7 @@ class LiveView:
         _shown.append(self)
 
     def _draw(self) -> None:
-        while not self._end.wait(_EVERY_S):
+        while not self._end.wait(self.every_s):
             try:
                 self.refresh()
             except Exception:  # noqa: BLE001 - a view that cannot be drawn must not end a run

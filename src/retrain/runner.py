@@ -296,7 +296,7 @@ def _locked(directory: Path) -> Generator[None]:
         yield
 
 
-class _EventsFile(logging.FileHandler):
+class EventsFile(logging.FileHandler):
     """events.log, which a full disk leaves behind without a traceback for each line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -308,7 +308,7 @@ class _EventsFile(logging.FileHandler):
 @contextmanager
 def _logging(directory: Path, *, debug: bool, resuming: bool = False) -> Generator[None]:
     """Show the package's log on the console and keep all of it in events.log."""
-    file = _EventsFile(directory / layout.EVENTS, encoding="utf-8")
+    file = EventsFile(directory / layout.EVENTS, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     console = ConsoleHandler()
     console.setLevel(logging.DEBUG if debug else logging.INFO)

@@ -144,17 +144,27 @@ class _OneAtATime(Console):
             self._turn.release()
 
 
+def console() -> Console:
+    """Standard output, for lines and a view below them."""
+    # Guarded below rich, because rich ends the process when a pipe breaks.
+    made = _OneAtATime(file=cast("IO[str]", Output(sys.stdout)), highlight=False, soft_wrap=True, markup=False)
+    # A terminal breaks long lines between fields; a pipe gets each as one line.
+    made.soft_wrap = not made.is_terminal
+    return made
+
+
+def shows_views(console: Console) -> bool:
+    """Can the console draw over what it has drawn?"""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
 class ConsoleSink:
     """Prints one line per step and evaluation; on a terminal the live view stays below them."""
 
     def __init__(self, *, total_steps: int, plain: bool) -> None:
-        # Guarded below rich, because rich ends the process when a pipe breaks.
-        file = cast("IO[str]", Output(sys.stdout))
-        self._console = _OneAtATime(file=file, highlight=False, soft_wrap=True, markup=False)
-        # A terminal breaks long lines between fields; a pipe gets each as one line.
-        self._console.soft_wrap = not self._console.is_terminal
+        self._console = console()
         self._view: live.LiveView | None = None
-        if self._console.is_terminal and not self._console.is_dumb_terminal and not plain:
+        if shows_views(self._console) and not plain:
             self._view = live.LiveView(self._console, total_steps=total_steps)
             self._view.start()
 

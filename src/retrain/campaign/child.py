@@ -61,7 +61,10 @@ def run(config: Path, directory: Path, stop: threading.Event) -> int:
     """Bring the run in ``directory`` to its end, from its newest checkpoint where it has one."""
     from retrain.runner import execute
 
-    _wait_for_others(directory)
+    _wait_for_others(directory, stop)
+    # Before the directory is taken: a campaign that starts anew right after this one was killed finds it free.
+    if stop.is_set():
+        return 130
     how = begin(directory)
     overrides = [Override.of("resume.from", str(directory))] if how == "resume" else []
     # --resume reads what the run recorded; the file of the campaign says the same.
@@ -83,9 +86,13 @@ def begin(directory: Path) -> str:
     return "resume"
 
 
-def _wait_for_others(directory: Path) -> None:
-    end = time.monotonic() + _PATIENCE_S
-    while time.monotonic() < end and (directory / layout.LOCK).exists() and is_locked(directory / layout.LOCK):
+def _wait_for_others(directory: Path, stop: threading.Event) -> None:
+    end, lock = time.monotonic() + _PATIENCE_S, directory / layout.LOCK
+    has_waited = False
+    while time.monotonic() < end and not stop.is_set() and lock.exists() and is_locked(lock):
+        if not has_waited:
+            print(f"Waiting for the process of an earlier start to leave {directory} ...", flush=True)
+        has_waited = True
         time.sleep(0.2)
 
 

@@ -31,7 +31,8 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class Ended:
     """How a run's process ended. ``code`` is its exit status, negative for a signal; ``cpu_s`` processor seconds and
-    ``peak_bytes`` memory of the process and the children it waited for, None where the system does not say."""
+    ``peak_bytes`` memory of the process and the children it waited for, None where the system does not say; ``host`` the
+    machine that it ran on, "" for this one."""
 
     job: Job
     code: int
@@ -39,6 +40,7 @@ class Ended:
     cpu_s: float | None = None
     peak_bytes: int | None = None
     note: str = ""
+    host: str = ""
 
     @property
     def why(self) -> str:
@@ -47,11 +49,12 @@ class Ended:
             return self.note
         if self.code == 130:
             return "interrupted, and saved"
+        said = last_line(self.job.output)
         if self.code < 0:
             name = signal.Signals(-self.code).name if -self.code in set(signal.Signals) else f"signal {-self.code}"
             memory = ", as when memory runs out" if -self.code == signal.SIGKILL else ""
-            return f"killed by {name}{memory}"
-        return last_line(self.job.output) or f"exit status {self.code}"
+            return f"killed by {name}{memory}" + (f"; the last it said: {said}" if said else "")
+        return said or f"exit status {self.code}"
 
 
 class Launcher(Protocol):
@@ -111,28 +114,32 @@ class Processes:
     ) -> None:
         """See ``Launcher``."""
         waiting, running = list(jobs), list[_Running]()
-        last, let_go = -float("inf"), False
+        last, stopping = -float("inf"), False
         try:
             while (waiting and not stop.is_set()) or running:
-                for done in [r for r in running if _has_ended(r)]:
+                for done in [r for r in running if has_ended(r.process)]:
                     running.remove(done)
-                    ended(_reap(done))
-                if stop.is_set() and not let_go:
-                    let_go = True
+                    ended(_reaped(done))
+                if stop.is_set() and not stopping:
+                    stopping = True
                     for each in running:
-                        _let_go(each)
+                        let_go(each.process)
                 free = sorted(set(range(self.workers)) - {r.slot for r in running})
                 if waiting and free and not stop.is_set() and time.monotonic() - last >= self.stagger_s:
                     job, last = waiting.pop(0), time.monotonic()
-                    running.append(self._start(job, free[0]))
-                    begun(job)
+                    try:
+                        running.append(self._start(job, free[0]))
+                    except OSError as error:
+                        ended(Ended(job, 1, 0.0, note=f"could not be started: {error}"))
+                    else:
+                        begun(job)
                     continue
                 tick()
                 time.sleep(_POLL_S)
         finally:
             # A failure of the campaign itself: the runs save and end.
             for each in running:
-                _let_go(each)
+                let_go(each.process)
             for each in running:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     each.process.wait(timeout=600)
@@ -143,15 +150,19 @@ class Processes:
         environment = {**os.environ, **limits(self.threads), **self.environment}
         if self.devices:
             environment["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
-        job.output.parent.mkdir(parents=True, exist_ok=True)
-        with job.output.open("ab") as output:
-            # In a session of its own, so that Ctrl-C reaches the campaign alone.
-            process = subprocess.Popen(
-                command(job), stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, start_new_session=True
-            )
-        running = _Running(job, process, slot, time.monotonic())
+        running = _Running(job, start(job, environment), slot, time.monotonic())
         _children.append(running)
         return running
+
+
+def start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Begin the process of a job; its standard input is its lifeline."""
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    with job.output.open("ab") as output:
+        # In a session of its own, so that Ctrl-C reaches the campaign alone.
+        return subprocess.Popen(
+            command(job), stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
 
 
 def command(job: Job) -> list[str]:
@@ -165,30 +176,37 @@ def limits(threads: int) -> dict[str, str]:
     return {**dict.fromkeys(names, str(threads)), "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _let_go(running: _Running) -> None:
-    """Close the run's lifeline: it finishes its step and saves."""
-    if running.process.stdin is not None:
+def let_go(process: subprocess.Popen[bytes]) -> None:
+    """Close the process's lifeline: its run finishes its step and saves."""
+    if process.stdin is not None:
         with contextlib.suppress(OSError):
-            running.process.stdin.close()
+            process.stdin.close()
 
 
-def _has_ended(running: _Running) -> bool:
+def has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Has it, without reaping it where the system can tell?"""
     if not hasattr(os, "waitid"):
-        return running.process.poll() is not None
+        return process.poll() is not None
     # Seen and left to be reaped with its use of the processor.
-    return os.waitid(os.P_PID, running.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _reap(running: _Running) -> Ended:
-    _children.remove(running)
+def reap(process: subprocess.Popen[bytes]) -> tuple[int, float | None, int | None]:
+    """(exit status, CPU seconds, peak bytes of memory) of a process that has ended."""
     cpu, peak = None, None
     if hasattr(os, "wait4"):
-        _, status, usage = os.wait4(running.process.pid, 0)
-        running.process.returncode = os.waitstatus_to_exitcode(status)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
         cpu = usage.ru_utime + usage.ru_stime
         peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    code = running.process.wait()
-    _let_go(running)
+    code = process.wait()
+    let_go(process)
+    return code, cpu, peak
+
+
+def _reaped(running: _Running) -> Ended:
+    _children.remove(running)
+    code, cpu, peak = reap(running.process)
     return Ended(running.job, code, time.monotonic() - running.since, cpu, peak)
 
 

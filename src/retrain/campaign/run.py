@@ -6,6 +6,8 @@ import contextlib
 import datetime
 import json
 import logging
+import os
+import platform
 import shutil
 import threading
 import time
@@ -13,17 +15,17 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal
 
 from retrain import cards
-from retrain.campaign import forecast, manifest, outcomes, plan, tune
+from retrain.campaign import forecast, manifest, outcomes, plan, table, tune
 from retrain.campaign.launchers import Ended, Job, Launcher, Processes
 from retrain.campaign.manifest import Manifest
 from retrain.campaign.plan import Plan, PlannedRun
 from retrain.config import campaigns
 from retrain.config.load import LoadedConfig, Override, dump_toml, load
 from retrain.config.schema import Campaign, Config
-from retrain.errors import ConfigError, ResumeError
+from retrain.errors import ConfigError, ResumeError, RetrainError, RunError
 from retrain.preflight import check_writable, expanded
 from retrain.tracking import layout
 from retrain.tracking.read import RunRecord
@@ -36,6 +38,9 @@ except ImportError:  # Windows has no advisory locks of this kind
 
 log = logging.getLogger("retrain")
 
+_FULL = 2**24
+"""A disk with fewer bytes left is full: the next checkpoint does not fit."""
+
 RESUMABLE = ("parallel", "max_workers", "stagger_seconds", "launcher", "ray_address", "seeds")
 """Settings of [campaign] that may differ when a campaign goes on: how its runs are started, and more seeds."""
 
@@ -47,22 +52,6 @@ class CampaignResult:
     status: Literal["done", "interrupted", "failed"]
     directory: Path
     counts: dict[str, int]
-
-
-class View(Protocol):
-    """What shows a campaign's progress."""
-
-    def begun(self, job: Job) -> None:
-        """A run's process has started."""
-        ...
-
-    def ended(self, ended: Ended) -> None:
-        """A run's process has ended."""
-        ...
-
-    def tick(self) -> None:
-        """Some time has passed."""
-        ...
 
 
 def execute(
@@ -190,18 +179,23 @@ def run_all(
         log.info("%d of %d runs are done already.", finished, len(runs))
     if not todo:
         return
-    jobs = [_job(root, run) for run in todo]
-    view = _Lines(len(runs), finished)
+    root.mkdir(parents=True, exist_ok=True)
     _check_space(root)
-    _launcher(planned, known).run(
-        jobs, stop=stop, begun=view.begun, ended=lambda end: _note(root.parent, end, view), tick=view.tick
-    )
+    jobs = [_job(root, run) for run in todo]
+    waiting = {run.name for run in todo}
+    launcher = _launcher(root.parent, planned, known)
+    shown = table.view(root, runs, [run.name for run in runs if run.name not in waiting], plain=plain)
+    try:
+        launcher.run(
+            jobs, stop=stop, begun=shown.begun, ended=lambda end: _note(root.parent, end, shown), tick=shown.tick
+        )
+    finally:
+        shown.close()
 
 
 def _job(root: Path, run: PlannedRun) -> Job:
     directory = root / run.name
     config = root / f"{run.name}.toml"
-    root.mkdir(parents=True, exist_ok=True)
     write_atomically(config, dump_toml(plan.placed(run, directory)), durable=False)
     return Job(run.name, config, directory, root.parent / layout.CAMPAIGN_OUTPUT / f"{run.name}.txt")
 
@@ -214,10 +208,22 @@ def is_done(directory: Path, max_steps: int) -> bool:
     return run.state == "done" and run.facts.get("step") == max_steps
 
 
-def _launcher(planned: Plan, known: Manifest) -> Launcher:
+def _launcher(directory: Path, planned: Plan, known: Manifest) -> Launcher:
     config, campaign = planned.loaded.config, planned.campaign
-    devices = [] if config.backend.devices == "cpu" else cards.visible()
+    on_cpu = config.backend.devices == "cpu"
     how = campaigns.launcher(campaign)
+    if how == "ray":
+        from retrain.campaign.ray_launcher import RayTasks
+
+        return RayTasks(
+            directory,
+            threads=known.declared.threads,
+            gpus=0 if on_cpu else 1,
+            workers=campaign.max_workers,
+            address=campaign.ray_address,
+            stagger_s=campaign.stagger_seconds,
+        )
+    devices = [] if on_cpu else cards.visible()
     return Processes(
         workers=forecast.workers(planned),
         threads=known.declared.threads,
@@ -226,39 +232,33 @@ def _launcher(planned: Plan, known: Manifest) -> Launcher:
     )
 
 
-def _note(directory: Path, end: Ended, view: View) -> None:
-    """Keep what a process used: the cost of the campaign is their sum."""
+def _note(directory: Path, end: Ended, shown: table.View) -> None:
+    """Keep what a process used: the cost of the campaign is their sum. RunError where the disk is full."""
     record: dict[str, Any] = {
         "name": end.job.name, "code": end.code, "seconds": round(end.seconds, 3), "cpu_s": end.cpu_s,
-        "peak_bytes": end.peak_bytes, "time": time.time(), "why": end.why,
+        "peak_bytes": end.peak_bytes, "time": time.time(), "why": end.why, "host": end.host or platform.node(),
     }  # fmt: skip
-    with (directory / layout.CAMPAIGN_PROCESSES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-    view.ended(end)
+    path = directory / layout.CAMPAIGN_PROCESSES
+    try:
+        # A campaign that was killed may have left half a line.
+        with path.open("a+b") as file:
+            end_of_line = b"\n" if _is_torn(file) else b""
+            file.write(end_of_line + json.dumps(record).encode() + b"\n")
+    except OSError as error:
+        log.warning("%s cannot be written: %s.", path, error.strerror or error)
+    shown.ended(end)
+    if end.code not in (0, 130) and shutil.disk_usage(directory).free < _FULL:
+        raise RunError(
+            f"{directory}: the disk is full, so no further run is started.",
+            fix=f"make room, then go on with: retrain --resume {directory}",
+        )
 
 
-class _Lines:
-    """A line for each run that ends."""
-
-    def __init__(self, total: int, finished: int) -> None:
-        self._total, self._ended = total, finished
-
-    def begun(self, job: Job) -> None:
-        log.info("Started %s.", job.name)
-
-    def ended(self, ended: Ended) -> None:
-        self._ended += ended.code == 0
-        run = RunRecord(ended.job.directory)
-        last = run.evaluations[-1:] or run.steps[-1:]
-        value = next((row[k] for row in last for k in ("eval/accuracy", "correct_rate") if row.get(k) is not None), None)
-        said = f" {value:.1%}" if value is not None else ""
-        if ended.code:
-            log.warning("%s did not finish: %s (its output: %s).", ended.job.name, ended.why, ended.job.output)
-        else:
-            log.info("[%d/%d] %s:%s in %.0f s.", self._ended, self._total, ended.job.name, said, ended.seconds)
-
-    def tick(self) -> None:
-        pass
+def _is_torn(file: IO[bytes]) -> bool:
+    """Does the file end in the middle of a line?"""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    return size > 0 and file.read() != b"\n"
 
 
 def _check_space(root: Path) -> None:
@@ -284,9 +284,10 @@ def _locked(directory: Path) -> Generator[None]:
 @contextmanager
 def _logging(directory: Path) -> Generator[None]:
     """Show the package's log on the console and keep it in the campaign's events.log."""
+    from retrain.runner import EventsFile
     from retrain.sinks import ConsoleHandler
 
-    file = logging.FileHandler(directory / layout.EVENTS, encoding="utf-8")
+    file = EventsFile(directory / layout.EVENTS, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     console = ConsoleHandler()
     console.setLevel(logging.INFO)
@@ -296,6 +297,12 @@ def _logging(directory: Path) -> Generator[None]:
         log.addHandler(handler)
     try:
         yield
+    except RetrainError as error:
+        log.debug("%s", error)
+        raise
+    except Exception as error:
+        log.debug("bug: %s", error, exc_info=error)
+        raise
     finally:
         log.propagate = before
         for handler in (file, console):

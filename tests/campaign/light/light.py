@@ -1,0 +1,131 @@
+"""Runs without torch, for tests of what starts runs: the real loop, files and processes around the package's fakes.
+
+As a plug-in it brings learner, sampler and reward; importing it puts the fake renderer in the real one's place.
+``backend.options``: ``step_s`` seconds of each step; ``signs`` is a folder in which a file named as a run holds what
+befalls it: "kill 2", "raise 2" or "refuse 0" (at that step).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from retrain import plugins
+from retrain.errors import ConfigError
+from retrain.fakes import FakeBackend, FakeEngine, FakeRenderer, FakeReward
+
+plugins.TABLE["renderer"]["chat"] = f"{__name__}:renderer"
+
+
+class Renderer(FakeRenderer):
+    fingerprint = "fake"
+    context_length = 1 << 20
+    def __init__(self):
+        self.ignored_generation_settings = {}
+
+
+def renderer(model, **_):
+    return Renderer()
+
+
+class Backend(FakeBackend):
+    def __init__(self, config):
+        super().__init__(positions=1, seed=config.training.seed)
+        options, self.step = config.backend.options, 0
+        self.step_s = float(options.get("step_s", 0))
+        a = config.algorithm
+        self.sign = Path(options["signs"]) / f"{a.advantage_mode}+{a.transform_mode}_s{config.training.seed}"
+        if self._befalls(0) == "refuse":
+            raise ConfigError("light: this run is refused.", fix="none.")
+
+    def _befalls(self, step):
+        try:
+            what, at = self.sign.read_text().split()
+        except OSError:
+            return ""
+        return what if int(at) == step else ""
+
+    def publish(self):
+        what = self._befalls(self.version)
+        if what == "raise":
+            raise ValueError("this run always breaks here")
+        if what == "kill":
+            print("about to be killed", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self.step_s)
+        return super().publish()
+
+
+def backend(config, renderer):
+    return Backend(config)
+
+
+def engine(config, renderer):
+    return FakeEngine()
+
+
+def reward(config, renderer):
+    return FakeReward()
+
+
+CAMPAIGN = """
+[model]
+model = "retrain/tiny"
+[backend]
+backend = "light.backend"
+devices = "cpu"
+options = {{ signs = "{folder}/signs", step_s = {step_s} }}
+[inference]
+engine = "light.engine"
+[training]
+batch_size = 2
+group_size = 64
+max_tokens = 1
+temperature = 1.0
+save_every = 1
+[data]
+source = "jsonl"
+path = "{folder}/tasks.jsonl"
+[reward]
+type = "light.reward"
+[plugins]
+search_paths = ["{here}"]
+[logging]
+log_dir = "{folder}/logs"
+[campaign]
+seeds = {seeds}
+max_steps = {steps}
+threads = 1
+{more}
+[[campaign.conditions]]
+advantage_mode = "grpo"
+transform_mode = "none"
+[[campaign.conditions]]
+advantage_mode = "maxrl"
+transform_mode = "none"
+"""
+
+
+def write(folder, *, seeds=(1, 2), steps=3, step_s=0.0, more=""):
+    """The configuration of a campaign of such runs in ``folder``."""
+    (folder / "signs").mkdir(exist_ok=True)
+    rows = [{"question": f"{i} ?", "answer": "7"} for i in range(40)]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "campaign.toml"
+    path.write_text(
+        CAMPAIGN.format(folder=folder, here=Path(__file__).parent, seeds=list(seeds), steps=steps, step_s=step_s, more=more)
+    )
+    return path
+
+
+if __name__ == "__main__":
+    # The campaign's own process reads the held-out tasks with the same renderer.
+    import light  # noqa: F401
+
+    from retrain.cli.main import main
+
+    sys.exit(main(sys.argv[1:]))
