@@ -41,7 +41,6 @@ def test_init_never_overwrites(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--template", "campaign"], "template 'campaign' is not in this version. Fix: "),
         (["--template", "tinny"], "there is no template 'tinny'. Fix: did you mean tiny?"),
         (["--template"], "--template needs a value. Fix: "),
         (["--template=", "b.toml"], "--template needs a name. Fix: one of default, "),

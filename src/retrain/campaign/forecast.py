@@ -319,7 +319,7 @@ def lines(told: Forecast, config: Config) -> list[str]:
 
 def _hours(spent: Interval, told: Forecast) -> str:
     factor, what = (told.threads, "CPU-hours") if told.device.kind == "cpu" else (1, "GPU-hours")
-    return f"{spent.low * factor / 3600:.2g} to {spent.high * factor / 3600:.2g} {what}"
+    return f"{spent.low * factor / 3600:.3g} to {spent.high * factor / 3600:.3g} {what}"
 
 
 def _count(value: float) -> str:

@@ -29,7 +29,7 @@ _PLACES = {
     **dict.fromkeys(("plugins.search_paths", "model.model"), FOLDERS),
     **dict.fromkeys(("data.path", "eval.path"), FILES),
 }
-_UNBUILT = ("campaign", "squeeze", "backpressure")
+_UNBUILT = ("squeeze", "backpressure")
 _ASKED = {
     "init": CONFIGS, "explain": CONFIGS, "trace": CONFIGS, "doctor": CONFIGS, "bench": CONFIGS, RUN: CONFIGS,
     "resume-check": FOLDERS, "status": FOLDERS, "top": FOLDERS, "report": FOLDERS, "why": FOLDERS, "replay": FOLDERS,

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from retrain.errors import ConfigError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from retrain.cards import Device
-    from retrain.config.load import LoadedConfig, Override
+    from retrain.config.load import LoadedConfig
     from retrain.config.options import CommandLine
     from retrain.estimate import Estimate
     from retrain.training.probe import Probe
@@ -45,9 +45,10 @@ _QUICK_BYTES = 4 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What was asked on the command line, and what it led to."""
+    """What was asked on the command line, and what it led to; of a campaign ``loaded`` is one of its runs."""
 
     loaded: LoadedConfig
+    campaign: LoadedConfig | None
     line: CommandLine
     label: str
     gpu: str
@@ -80,7 +81,8 @@ def explain(arguments: Sequence[str]) -> int:
     with streams.results(alone="--json" in own) as out, quiet_loading(), at_once_on_interrupt():
         loaded, line, label = _loaded(rest, own.get("--template", ""))
         line.switches |= {s for s in ("--overwrite", "--fork") if s in own}
-        asked = _Asked(loaded, line, label, own.get("--gpu", ""), tasks, "--data" in own, "--all" in own)
+        campaign = loaded if loaded.config.campaign is not None else None
+        asked = _Asked(_as_run(loaded), campaign, line, label, own.get("--gpu", ""), tasks, "--data" in own, "--all" in own)
         record, refusal = _record(asked)
         if "--json" in own:
             from retrain.tracking.run_log import to_json
@@ -100,7 +102,6 @@ def _loaded(rest: Sequence[str], template: str) -> tuple[LoadedConfig, CommandLi
     from retrain.config import templates
     from retrain.config.load import load
     from retrain.config.options import parse
-    from retrain.errors import NotInThisVersion
     from retrain.tracking import layout
 
     line = parse(rest)
@@ -123,71 +124,46 @@ def _loaded(rest: Sequence[str], template: str) -> tuple[LoadedConfig, CommandLi
             "no configuration: there is no retrain.toml here and none was named.",
             fix="retrain explain CONFIG, or retrain explain --template tiny.",
         )
-    try:
-        return load(source, line.overrides), line, str(source)
-    except NotInThisVersion:
-        # A campaign does not run in this version, but what it would cost can be said.
-        campaign = _without_campaign(source, line)
-        if campaign is None:
-            raise
-        return campaign, line, str(source)
+    return load(source, line.overrides), line, str(source)
 
 
-def _without_campaign(source: Path, line: CommandLine) -> LoadedConfig | None:
-    """The configuration with its campaign checked apart from it, None where there is none."""
-    import tempfile
-    import tomllib
+def _as_run(loaded: LoadedConfig) -> LoadedConfig:
+    """The configuration of a campaign as that of one of its runs, of the settings that all conditions share."""
     from dataclasses import replace
 
-    from pydantic import ValidationError
+    campaign = loaded.config.campaign
+    if campaign is None:
+        return loaded
+    from retrain.config.campaigns import conditions
+    from retrain.config.load import Origin
 
-    from retrain.config.load import Origin, load
-    from retrain.config.positions import line_numbers
-    from retrain.config.schema import Campaign, Config
+    config, arms = loaded.config, conditions(loaded.config)
+    training = config.training.model_copy(update={"max_steps": campaign.max_steps})
+    # Where a condition uses SEPA, its schedule is worth seeing.
+    shown = next((arm for arm in arms if "sepa" in str(arm.settings["algorithm.transform_mode"])), arms[0])
+    modes = {name: shown.settings[f"algorithm.{name}"] for name in ("advantage_mode", "transform_mode")}
+    algorithm = config.algorithm.model_copy(update=modes)
+    origins = {**loaded.origins, "training.max_steps": Origin("file", "campaign.max_steps")}
+    return replace(loaded, config=config.model_copy(update={"training": training, "algorithm": algorithm}), origins=origins)
 
-    content = source.read_text(encoding="utf-8-sig")
-    found = tomllib.loads(content).get("campaign")
-    if not isinstance(found, dict):
-        return None
-    raw = cast("dict[str, Any]", found)
-    at = line_numbers(content)
-    lines = {key: at.get(("campaign", key), 0) for key in raw}
-    origins = {f"campaign.{key}": Origin("file", f"{source}:{n}", n) for key, n in lines.items()}
-    runs: list[Override] = []
-    for override in line.overrides:
-        # --max-steps is the campaign's: its runs have no number of their own.
-        path = ("campaign", "max_steps") if override.path == ("training", "max_steps") else override.path
-        if path[0] == "campaign" and len(path) == 2:
-            raw[path[1]] = override.value
-            origins[".".join(path)] = Origin("flag", override.flag or "flag")
-        else:
-            runs.append(override)
-    kept: list[str] = []
-    inside = False
-    for text in content.splitlines():
-        if text.lstrip().startswith("["):
-            inside = text.strip(" \t[]").split("]")[0].split(".")[0].strip() == "campaign"
-        kept.append("" if inside else text)  # lines keep their numbers
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / source.name
-        copy.write_text("\n".join(kept) + "\n", encoding="utf-8")
-        loaded = load(copy, runs, label=str(source))
+
+def _campaign(asked: _Asked, device: Device) -> tuple[dict[str, Any] | None, tuple[str, ...], ConfigError | None]:
+    """What is told of a campaign, what it announces, and the refusal where its runs cannot go at once."""
+    if asked.campaign is None:
+        return None, asked.loaded.announcements, None
+    from retrain.campaign import forecast, plan, tune
+
+    planned = plan.plan(plan.anchored(asked.campaign), name="campaign")
+    told = forecast.forecast(planned, device if asked.gpu else None)
+    refusal = None
     try:
-        campaign = Config.model_validate({"campaign": raw}).campaign or Campaign()
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{source}: {key}: {first['msg']}.", fix="correct the value.") from error
-    said = f"{source}: [campaign] does not run in this version; the run below is one of its runs."
-    training = loaded.config.training.model_copy(update={"max_steps": campaign.max_steps})
-    origins["training.max_steps"] = Origin("file", "campaign.max_steps")
-    return replace(
-        loaded,
-        config=loaded.config.model_copy(update={"campaign": campaign, "training": training}),
-        origins={**loaded.origins, **origins},
-        announcements=(*loaded.announcements, said),
-        path=source,
-    )
+        forecast.refuse_unfit(planned, told)
+        if asked.data:
+            tune.declared(planned)
+    except ConfigError as error:
+        refusal = error
+    record = {**forecast.record(told), "lines": forecast.lines(told, asked.campaign.config)}
+    return record, planned.announcements, refusal
 
 
 def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
@@ -220,6 +196,8 @@ def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
             refusal = error
             verdict = "cannot" if verdict == "cannot" else "too long"
         advice += preflight.fit_advice(made)
+    campaign, announcements, unfit = _campaign(asked, device)
+    refusal = refusal or unfit
     ignored = preflight.ignored_settings((model.generation if model else None) or {})
     advice += preflight.advice(config, tasks, (), ignored)
     found = None
@@ -243,13 +221,13 @@ def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
         "memory": made and explained.memory_record(made),
         "time": made and explained.time_record(config, made, measured=found is not None and found.length.low is not None),
         "disk": explained.disk_record(config, made),
-        "campaign": explained.campaign_record(config, made),
+        "campaign": campaign,
         "sepa": _sepa(config),
         "references": references,
         "generation_config_not_used": None if model is None or model.generation is None else dict(ignored),
         "probe": found and explained.probed_record(found),
         "run_directory": _place(asked),
-        "announcements": list(loaded.announcements),
+        "announcements": list(announcements),
         "advice": advice,
         "unknown": unknown,
         "fits": made and {"verdict": verdict, "why": refusal and refusal.message, "fix": refusal and refusal.fix},
@@ -398,6 +376,11 @@ def _place(asked: _Asked) -> dict[str, Any]:
 
     config = asked.loaded.config
     directory = preflight.expanded(config.resume.from_ or config.logging.log_dir, "logging.log_dir")
+    if asked.campaign is not None:
+        given = "log_dir" in config.logging.model_fields_set
+        root = directory if given or config.resume.from_ else Path("logs")
+        place = str(root) if config.resume.from_ else f"{root}/campaign_<time>"
+        return {"path": place, "how": "resume" if config.resume.from_ else "new", "note": ""}
     found: dict[str, Any] = {"path": str(directory), "how": "", "note": ""}
     try:
         place = preflight.choose_directory(

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 _WIDTH = 100
 _INDENT = "  "
 _MB = 10**6
-_STANDARD_CONDITIONS = 5
 
 
 def device_record(device: Device) -> dict[str, Any]:
@@ -73,19 +72,6 @@ def disk_record(config: Any, made: Estimate | None) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def campaign_record(config: Any, made: Estimate | None) -> dict[str, Any] | None:
-    campaign = config.campaign
-    if campaign is None:
-        return None
-    conditions = len(campaign.conditions) or _STANDARD_CONDITIONS
-    runs = conditions * len(campaign.seeds)
-    span = made and made.run_seconds(campaign.max_steps)
-    return {
-        "conditions": conditions, "seeds": len(campaign.seeds), "steps": campaign.max_steps, "runs": runs,
-        "one_after_the_other": _ends(span.times(runs)) if span else None,
-    }  # fmt: skip
-
-
 def probed_record(found: Probe) -> dict[str, Any]:
     return {
         "tasks": found.tasks, "rollouts": found.rollouts, "silent": found.silent.to_json(),
@@ -99,6 +85,7 @@ def text(record: Mapping[str, Any]) -> str:
     """The record in words."""
     parts = [
         _settings(record), _step(record), _memory(record), _time(record), _probe(record), _credit(record),
+        _list("Campaign", record["campaign"]["lines"] if record["campaign"] else []),
         _directory(record), _list("Worth knowing", [*record["announcements"], *record["advice"]]),
         _list("Not known", record["unknown"]),
     ]  # fmt: skip
@@ -248,7 +235,7 @@ def _memory(record: Mapping[str, Any]) -> list[str]:
 
 
 def _time(record: Mapping[str, Any]) -> list[str]:
-    time, disk, campaign = record["time"], record["disk"], record["campaign"]
+    time, disk = record["time"], record["disk"]
     lines: list[str] = []
     if time:
         speed = "measured now" if record["device"]["kind"] == "cpu" else record["device"]["note"]
@@ -264,12 +251,6 @@ def _time(record: Mapping[str, Any]) -> list[str]:
             f"middle {seconds(time['run']['middle'])}"
         )
         lines.append(f"{_INDENT}{'':<13}(middle: the geometric mean of the two ends, no forecast)")
-    if campaign:
-        total = campaign["one_after_the_other"]
-        lines.append(
-            f"{_INDENT}{'campaign':<13}{campaign['conditions']} conditions x {campaign['seeds']} seeds = {campaign['runs']} runs "
-            f"of {campaign['steps']:,} steps" + (f": {_span(total, middle=True)}, one after the other" if total else "")
-        )
     if disk:
         kept = f"{_count(disk['checkpoints_kept'], 'checkpoint')} of {size(disk['checkpoint'])}, adapter {size(disk['adapter'])}"
         stored = f", rollouts up to {size(disk['rollouts_at_most'])}" if disk["rollouts_at_most"] else ""
@@ -334,7 +315,7 @@ def _credit(record: Mapping[str, Any]) -> list[str]:
 def _directory(record: Mapping[str, Any]) -> list[str]:
     place = record["run_directory"]
     words = {
-        "new": "a new run",
+        "new": "a new campaign" if record["campaign"] else "a new run",
         "overwrite": "replaces the run there",
         "resume": "goes on with the run there",
     }

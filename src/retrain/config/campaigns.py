@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, cast
 
 from retrain.config.fields import literal, settings
+from retrain.config.flags import SPECIAL, flags
 from retrain.config.idle import is_given
-from retrain.config.problems import KeyPath, Problem, dotted
+from retrain.config.problems import KeyPath, Problem, dotted, shown_key
 from retrain.config.schema import Campaign, Config
 
 STANDARD = (
@@ -35,6 +38,11 @@ _SAME_FOR_ALL = {
     "plugins": "plug-ins are found for all runs alike",
 }
 """What a condition may not set, and why."""
+
+
+def why_same(key: str) -> str:
+    """Why no condition may set a dotted key, "" where one may."""
+    return next((_SAME_FOR_ALL[k] for k in (key, key.partition(".")[0]) if k in _SAME_FOR_ALL), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +112,8 @@ def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any, KeyPath]]:
     """(dotted key, value, path inside the table) of every setting; the key is "" where there is no such setting."""
     for written, value in table.items():
         key = _key_of(written)
-        if key:
+        # Some sections are called as one of their settings is: [model] and model.model.
+        if key and not (isinstance(value, Mapping) and settings()[key].type != "table"):
             yield key, value, (written,)
         elif isinstance(value, Mapping):
             for inner, deep in cast("Mapping[str, Any]", value).items():
@@ -114,20 +123,20 @@ def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any, KeyPath]]:
             yield "", value, (written,)
 
 
+@cache
+def written_names() -> Mapping[str, str]:
+    """Every name that a condition may give a setting, dotted or flat, with its dotted key."""
+    return {flag[2:].replace("-", "_"): key for flag, key in flags().items() if flag not in SPECIAL}
+
+
 def _key_of(written: str) -> str:
     """The dotted key that a dotted or flat name means; "" for none."""
-    from retrain.config.flags import flags
-
-    if written in settings():
-        return written
-    return flags().get("--" + written.replace("_", "-"), "")
+    return written_names().get(written, "")
 
 
 def _short(key: str) -> str:
-    from retrain.config.flags import flags
-
     name = key.rpartition(".")[2]
-    return name if flags().get("--" + name.replace("_", "-")) == key else key
+    return name if _key_of(name) == key else key
 
 
 def check(config: Config) -> Iterator[Problem]:
@@ -162,7 +171,7 @@ def check(config: Config) -> Iterator[Problem]:
                 "a seed counts once: equal runs are no replication.",
             )  # fmt: skip
     yield from _check_looks(campaign)
-    yield from _check_launch(campaign)
+    yield from _check_launch(config, campaign)
     yield from _check_tune(config, campaign)
     yield from _idle(config)
     if config.backend.adapter_path:
@@ -196,16 +205,18 @@ def _check_condition(index: int, table: Mapping[str, Any]) -> Iterator[Problem]:
     for key, _, path in _flat(table):
         place: KeyPath = ("campaign", "conditions", index, *path)
         if not key:
+            name = ".".join(map(str, path))
+            near = difflib.get_close_matches(name, written_names(), n=1, cutoff=0.7)
             yield Problem(
-                place, f"condition {index + 1}: {'.'.join(map(str, path))} is not a setting.",
-                "name a setting as in its own section, such as lr or training.lr.", unknown=True,
+                place, f"condition {index + 1}: {shown_key(name)} is not a setting.",
+                f"did you mean {near[0]}?" if near else "name one as in its own section, such as lr or training.lr.",
+                unknown=True,
             )  # fmt: skip
             continue
         if key in seen:
             yield Problem(place, f"condition {index + 1} sets {key} twice.", "set it once.")
         seen.add(key)
-        why = next((_SAME_FOR_ALL[k] for k in (key, key.partition(".")[0]) if k in _SAME_FOR_ALL), "")
-        if why:
+        if why := why_same(key):
             yield Problem(place, f"condition {index + 1}: {key} cannot differ between conditions: {why}.", "leave it out.")
 
 
@@ -225,7 +236,7 @@ def _check_looks(campaign: Campaign) -> Iterator[Problem]:
         )  # fmt: skip
 
 
-def _check_launch(campaign: Campaign) -> Iterator[Problem]:
+def _check_launch(config: Config, campaign: Campaign) -> Iterator[Problem]:
     given, how = campaign.model_fields_set, launcher(campaign)
     if campaign.parallel and "launcher" in given and campaign.launcher == "serial":
         yield Problem(
@@ -239,6 +250,15 @@ def _check_launch(campaign: Campaign) -> Iterator[Problem]:
                     ("campaign", key), f"campaign.{key} does nothing while the runs go one after the other.",
                     "set parallel = true, or leave it out.", note=True,
                 )  # fmt: skip
+    if how != "serial" and re.fullmatch(r"gpu:0*[1-9]\d*", config.backend.devices):
+        yield Problem(
+            ("backend", "devices"), f"backend.devices = {literal(config.backend.devices)}: each run sees only the GPU that it is "
+            f'given by launcher = "{how}".', 'write "gpu:0"; CUDA_VISIBLE_DEVICES says which GPUs runs may have.',
+        )  # fmt: skip
+    if campaign.deviation and campaign.pilot:
+        yield Problem(
+            ("campaign", "pilot"), "campaign.deviation and campaign.pilot say the same thing.", "give one of them."
+        )
     if campaign.ray_address and how != "ray":
         yield Problem(
             ("campaign", "ray_address"), f'campaign.ray_address does nothing with launcher = "{how}".',
@@ -289,7 +309,7 @@ def _check_tune(config: Config, campaign: Campaign) -> Iterator[Problem]:
     for seed, count in Counter(tune.seeds).items():
         if count > 1:
             yield Problem(("campaign", "tune", "seeds"), f"campaign.tune.seeds holds {seed} {count} times.", "list it once.")
-    why = next((_SAME_FOR_ALL[k] for k in (key, key.partition(".")[0]) if k in _SAME_FOR_ALL), "")
+    why = why_same(key)
     if why and tune.field:
         yield Problem(
             ("campaign", "tune", "field"), f"campaign.tune.field = {literal(tune.field)} cannot differ between conditions: "

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from retrain.config import names, own
+from retrain.config.campaigns import why_same, written_names
 from retrain.config.fields import sections, settings
 from retrain.config.rules import FIELDS, NAMED, PYTORCH_LACKS, written
 from retrain.config.schema import Section
@@ -28,7 +29,7 @@ _TABLES: Mapping[str, type[Section]] = {
     "reward.parts": PartTable,
 }
 _IN_TABLES = {"source": "source", "reward": "reward", "type": "reward"}
-_LATER = ("campaign", "squeeze", "backpressure")
+_LATER = ("squeeze", "backpressure")
 _KEPT = (
     "type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "minItems", "items",
     "properties", "required", "additionalProperties", "anyOf", "default",
@@ -184,9 +185,25 @@ def _either(spec: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _condition() -> dict[str, Any]:
-    """One condition of a campaign: its modes, and any other setting by its dotted key or inside a table."""
-    mode = {key: _special(f"algorithm.{key}", {"type": "string"}) for key in ("advantage_mode", "transform_mode")}
-    return {"type": "object", "properties": mode}
+    """One condition of a campaign: any setting that may differ between conditions, by its flat or its dotted name, or inside
+    a table of its section."""
+    found: dict[str, Any] = {}
+    for name, model in sections().items():
+        table = {} if name in ("campaign", "squeeze") else cast("dict[str, Any]", _section(name, model)["properties"])
+        allowed = {key: _bare(spec) for key, spec in table.items() if not why_same(f"{name}.{key}")}
+        if allowed:
+            found[name] = {"type": "object", "properties": allowed, "additionalProperties": False}
+        for flat, key in written_names().items():
+            setting = key.partition(".")[2]
+            if key.partition(".")[0] == name and setting in allowed:
+                spec = allowed[setting]
+                found[flat] = {"anyOf": [found[flat], spec]} if flat in found else spec
+    return {"type": "object", "properties": found, "additionalProperties": False}
+
+
+def _bare(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Without its default, which a condition takes from the sections, and without words that stand there."""
+    return {key: value for key, value in spec.items() if key not in ("default", "description")}
 
 
 def use(path: str) -> str:

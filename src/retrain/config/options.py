@@ -119,7 +119,7 @@ _ELSEWHERE = {
 }
 """What other trainers call our settings."""
 
-_UNBUILT = ("campaign", "squeeze", "backpressure")
+_UNBUILT = ("squeeze", "backpressure")
 
 
 def _unknown(flag: str) -> str:
@@ -128,7 +128,7 @@ def _unknown(flag: str) -> str:
     dashed = flag.replace("_", "-")
     if (usual := _ELSEWHERE.get(dashed.removeprefix("--"))) is not None:
         return f"{flag} is not a flag. Fix: here it is called {usual}."
-    near = [flags_of(s.key)[0] for s in built if f"--{s.name.replace('_', '-')}" == dashed]
+    near = [(flags_of(s.key) or [f"--{s.key}"])[0] for s in built if f"--{s.name.replace('_', '-')}" == dashed]
     near = near or [max((k for k in known if dashed.startswith(f"{k}-")), key=len, default="")]
     near = [n for n in near if n] or difflib.get_close_matches(dashed, known, n=1, cutoff=0.75)
     hint = f"did you mean {' or '.join(near)}?" if near else "`retrain man --topic options` lists every flag."

@@ -62,13 +62,9 @@ class Backend(Section):
 
     backend: Name = Field(default="local", description="The learner: local is PyTorch with PEFT; or your own.")
     devices: Name = Field(default="gpu:0", description="Where to compute: gpu:N or cpu.")
-    adapter_path: str = Field(
-        default="", description="Folder of the final adapter; empty: <log_dir>/adapter."
-    )
+    adapter_path: str = Field(default="", description="Folder of the final adapter; empty: <log_dir>/adapter.")
     options: Table = Field(default_factory=dict, description="Options that a backend defines for itself.")
-    max_concurrent: Size = Field(
-        default=4, description="Calls to a remote backend at once, all runs together."
-    )
+    max_concurrent: Size = Field(default=4, description="Calls to a remote backend at once, all runs together.")
 
 
 class Model(Section):
@@ -80,15 +76,11 @@ class Model(Section):
     )
     base_url: str = Field(default="", description="URL of a remote training service.")
     lora_rank: Rank = Field(default=32, description="Rank of the LoRA adapter.")
-    revision: str = Field(
-        default="", description="Branch, tag or commit of the model; empty: its main branch."
-    )
+    revision: str = Field(default="", description="Branch, tag or commit of the model; empty: its main branch.")
     quantization: Literal["", "nf4", "fp4"] = Field(
         default="", description="4-bit format of the frozen base model (QLoRA, on CUDA); empty: none."
     )
-    trust_remote_code: bool = Field(
-        default=False, description="Code that ships with a model never runs: false."
-    )
+    trust_remote_code: bool = Field(default=False, description="Code that ships with a model never runs: false.")
 
 
 class Lora(Section):
@@ -127,9 +119,7 @@ class Algorithm(Section):
 class Training(Section):
     """The training loop."""
 
-    seed: SeedOrDrawn = Field(
-        default=-1, description="Seed of sampling and data order; -1: drawn and recorded."
-    )
+    seed: SeedOrDrawn = Field(default=-1, description="Seed of sampling and data order; -1: drawn and recorded.")
     max_steps: Count = Field(default=500, description="Training steps of the run, resumed parts included.")
     batch_size: Size = Field(default=8, description="Tasks per step.")
     group_size: int = Field(default=16, ge=2, le=65536, description="Rollouts sampled per task.")
@@ -148,9 +138,7 @@ class Training(Section):
     lr_final_share: Share = Field(
         default=0.0, description="Share of lr that linear and cosine approach at the end: what step max_steps would have."
     )
-    updates_per_batch: Size = Field(
-        default=1, description="Optimizer updates per step, each over the whole batch."
-    )
+    updates_per_batch: Size = Field(default=1, description="Optimizer updates per step, each over the whole batch.")
     truncated: Name = Field(
         default="score",
         description="Rollouts cut at max_tokens: score as they are, mask their credit, or soft punishment.",
@@ -166,9 +154,7 @@ class Training(Section):
         default=3.0, description="Most tasks to sample for min_signal, as a multiple of batch_size."
     )
     stop: Names = Field(default=(), description="Texts that end a rollout, besides the model's end tokens.")
-    microbatch_tokens: Limit = Field(
-        default=0, description="Tokens per forward pass; 0: from the memory plan."
-    )
+    microbatch_tokens: Limit = Field(default=0, description="Tokens per forward pass; 0: from the memory plan.")
     phase_timeout_s: Seconds = Field(
         default=1800.0, description="Seconds that sampling, or scoring, a step may take before the run fails."
     )
@@ -308,14 +294,10 @@ class Data(Section):
 class Environment(Section):
     """Multi-turn environments."""
 
-    provider: str = Field(
-        default="", description="Your own environment; empty: one question, one answer."
-    )
+    provider: str = Field(default="", description="Your own environment; empty: one question, one answer.")
     id: str = Field(default="", description="The environment's id at its provider.")
     args: TableOrJson = Field(default_factory=dict, description="Arguments of the environment.")
-    max_turns: int = Field(
-        default=-1, ge=-1, le=65536, description="Turns per rollout; -1: the environment's."
-    )
+    max_turns: int = Field(default=-1, ge=-1, le=65536, description="Turns per rollout; -1: the environment's.")
     auto_install: bool = Field(default=False, description="Install the environment when it is missing.")
 
 
@@ -348,15 +330,11 @@ class Eval(Section):
     path: str = Field(default="", description="A local file or folder of the held-out data.")
     split: Name = Field(default="test", description="The part of the data to evaluate on.")
     levels: LevelsOrInherited = Field(default=(), description="Levels of arithmetic; empty: data.levels.")
-    every: Limit = Field(
-        default=0, description="Steps between evaluations; 0: only at the start and the end."
-    )
+    every: Limit = Field(default=0, description="Steps between evaluations; 0: only at the start and the end.")
     examples: Count = Field(default=256, description="Tasks of an evaluation, the same every time.")
     skip: Limit = Field(default=0, description="Held-out tasks, in their seeded order, that are passed over.")
     samples: Size = Field(default=1, description="Rollouts per task of an evaluation.")
-    temperature: Temperature | None = Field(
-        default=None, description="Sampling temperature; unset: training's."
-    )
+    temperature: Temperature | None = Field(default=None, description="Sampling temperature; unset: training's.")
     seed: Seed = Field(default=0, description="Seed of the evaluation's own tasks and sampling noise.")
     suites: Tables = Field(
         default=(),

@@ -9,11 +9,12 @@ TEMPLATES = {
     "quickstart": "a smoke test on one GPU: 20 short steps",
     "experiment": "a long run on one GPU with every setting of SEPA written out",
     "robust": "a starting point for real runs, to sweep from",
+    "campaign": "two conditions with eight seeds each, compared: one run per GPU",
     "tiny": "the embedded model on the CPU, what `retrain demo` runs",
 }
 """Name and purpose of every template."""
 
-LATER = ("campaign",)
+LATER: tuple[str, ...] = ()
 """Names of templates that this version does not hold."""
 
 ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "assets")
