@@ -109,9 +109,17 @@ def _announcements(loaded: LoadedConfig, arms: Mapping[str, LoadedConfig]) -> tu
     """What the campaign's own section announces, what holds for the runs of every condition, and what is about a setting
     that a condition itself makes. That a shared setting does nothing in some conditions is what conditions are for."""
     alone = set(without_campaign(loaded).announcements)
-    said = [line for arm in arms.values() for line in arm.announcements]
+    said: dict[str, list[str]] = {}
+    for each in arms.values():
+        for line in each.announcements:
+            # The mode that makes a setting idle may be another in each condition.
+            said.setdefault(line.partition(" nothing with ")[0], []).append(line)
     found = [line for line in loaded.announcements if line not in alone]
-    found += [line for line in said if said.count(line) == len(arms) or f"({_OF} " in line]
+    for head, lines in said.items():
+        if len(lines) == len(arms):
+            found.append(lines[0] if len(set(lines)) == 1 else f"{head} nothing in any condition.")
+        else:
+            found += [line for line in lines if f"({_OF} " in line]
     return tuple(dict.fromkeys(found))
 
 

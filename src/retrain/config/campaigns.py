@@ -60,6 +60,12 @@ def launcher(campaign: Campaign) -> Literal["serial", "processes", "ray"]:
     return "processes" if campaign.parallel and campaign.launcher == "serial" else campaign.launcher
 
 
+def implied(config: Config) -> Mapping[str, str]:
+    """Settings whose defaults contradict what the configuration says, with the key that says it: no file states them."""
+    campaign = config.campaign
+    return {"campaign.launcher": "campaign.parallel"} if campaign is not None and campaign.parallel else {}
+
+
 def conditions(config: Config) -> tuple[Condition, ...]:
     """The conditions of ``config.campaign`` in order, those that ``check`` would refuse left out."""
     campaign = config.campaign or Campaign()

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 from pydantic import ValidationError
 
-from retrain.config import idle, problems, rules
+from retrain.config import campaigns, idle, problems, rules
 from retrain.config.fields import key_text, literal, sections, settings
 from retrain.config.positions import line_numbers
 from retrain.config.problems import KeyPath, Problem
@@ -144,20 +144,21 @@ def dump_toml(config: Config) -> str:
     Left out are settings that are unset, and defaults that would be refused as not applying.
     """
     lines: list[str] = []
+    unstated = {**idle.idle(config), **campaigns.implied(config)}
     for section in sections():
         model = getattr(config, section)
         if model is None:
             continue
         lines += ["", f"[{section}]"]
-        lines += _dump(section, model.model_dump(by_alias=True), idle.idle(config))
+        lines += _dump(section, model.model_dump(by_alias=True), unstated)
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def _dump(prefix: str, values: Mapping[str, Any], idle: Mapping[str, Any]) -> Iterable[str]:
+def _dump(prefix: str, values: Mapping[str, Any], unstated: Mapping[str, str]) -> Iterable[str]:
     for name, value in values.items():
         key = f"{prefix}.{name}"
         setting = settings().get(key)
-        if value is None or (key in idle and setting is not None and value == setting.default):
+        if value is None or (key in unstated and setting is not None and value == setting.default):
             continue
         yield f"{key_text(name)} = {literal(value)}"
 
