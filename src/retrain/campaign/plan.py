@@ -89,7 +89,7 @@ class Problems:
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None and self._found:
             said = [
-                line if len(names) == len(self._tried) or names[0] in line else f"{line} (Of {', '.join(names)}.)"
+                line if len(names) == len(self._tried) or f"({_OF} " in line else f"{line} (Of {', '.join(names)}.)"
                 for line, names in self._found.items()
             ]
             raise ConfigError("the conditions have problems.", problems=said)
@@ -156,8 +156,9 @@ def arm(loaded: LoadedConfig, condition: campaigns.Condition, settings: Mapping[
     overrides: list[Override] = []
     for key, value in settings.items():
         path = campaigns.path_of(condition, campaign, key)
-        where, named = loaded.where(*path), f"({_OF} {condition.label})"
-        overrides.append(Override.of(key, value, f"{where} {named}" if where else named))
+        # What is tuned is the same for all conditions.
+        named = "" if path[:2] == ("campaign", "tune") else f"({_OF} {condition.label})"
+        overrides.append(Override.of(key, value, f"{loaded.where(*path)} {named}".strip()))
     return load(base, overrides, places=places)
 
 
