@@ -12,6 +12,7 @@ import platform
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -305,6 +306,7 @@ def _connect(ray: Any, given: str, session: str, threads: int, gpus: int) -> Non
         warnings.simplefilter("ignore")
         if given:
             try:
+                _knock(given)
                 ray.init(address=given, **quiet)
             except Exception as error:
                 raise ConfigError(
@@ -327,6 +329,13 @@ def _connect(ray: Any, given: str, session: str, threads: int, gpus: int) -> Non
             raise ConfigError(
                 f"Ray could not start on this machine: {_line(error)}.", fix='use campaign.launcher = "processes".'
             ) from error
+
+
+def _knock(address: str) -> None:
+    """OSError where nothing listens at HOST:PORT: Ray itself would end the process."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _short_folder() -> str:
