@@ -29,6 +29,7 @@ from retrain.protocols import Renderer
 from retrain.renderer import model_path
 from retrain.subject import Subject, is_text
 from retrain.training.build import evaluator, facts, sampling_of
+from retrain.training.evaluate import Answers
 from retrain.training.own_parts import make_environment
 from retrain.training.rollout import EventLoop, RewardErrors, collect
 from retrain.types import Completion, IntArray, Message, NoiseKey, SharedWeights, Task
@@ -161,12 +162,13 @@ def _fitting(config: Config, renderer: Any, tasks: Sequence[Task]) -> Config:
 
 
 def evaluate(
-    subject: Subject, config: Config, *, search_paths: Sequence[Path], progress: Progress
-) -> dict[str, Any]:
+    subject: Subject, config: Config, *, search_paths: Sequence[Path], progress: Progress,
+    answers: Answers | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Run the evaluation that ``config.eval`` describes; a JSON-serialisable record of result and circumstances.
 
     ``metrics`` has the keys of an evaluation's line in metrics.jsonl: for a run's own evaluation, at the step of the
-    checkpoint and on the same machine, all but the time equal that line.
+    checkpoint and on the same machine, all but the time equal that line. ``answers`` is told every task's.
     """
     if not config.eval.source and not config.eval.suites:
         raise UsageError(
@@ -191,7 +193,7 @@ def evaluate(
         with _watched(model.engine, progress):
             metrics, _ = held_out.run(
                 events, environment, reward, model.engine,
-                deadline_s=_DEADLINE_S, max_error_rate=config.reward.max_error_rate,
+                deadline_s=_DEADLINE_S, max_error_rate=config.reward.max_error_rate, answers=answers,
             )  # fmt: skip
         return {
             **_identity(subject, config, model),

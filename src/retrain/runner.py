@@ -22,7 +22,8 @@ from typing import Any, Literal, cast
 from retrain import plugins, preflight
 from retrain.config.load import LoadedConfig, dump_toml, load
 from retrain.config.schema import Config
-from retrain.errors import ConfigError, RetrainError, RunError
+from retrain.config.squeezes import is_squeeze
+from retrain.errors import ConfigError, RetrainError, RunError, UsageError
 from retrain.sinks import ConsoleHandler
 from retrain.tracking import layout
 from retrain.tracking.heartbeat import Pulse
@@ -70,6 +71,8 @@ def execute(
 ) -> RunResult:
     """Run one training run to its end; ``stop`` ends it cleanly after the present step."""
     config = loaded.config
+    if is_squeeze(config):
+        raise UsageError("this configuration is a squeeze, and no training run.", fix="retrain squeeze CONFIG.")
     stop = stop or threading.Event()
     place = preflight.choose_directory(config, overwrite=overwrite, fork=fork)
     with contextlib.ExitStack() as stack:

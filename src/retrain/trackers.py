@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 from retrain.config.load import dump_toml
-from retrain.config.schema import Config
+from retrain.config.schema import Config, Logging
 from retrain.config.secret import names_secret
 from retrain.errors import ConfigError, PluginError, RetrainError, RunError
 from retrain.tracking import layout
@@ -183,15 +183,12 @@ class WandbSink:
         self._code = 1
         settings = config.logging
         with _starting("wandb", fix="check the network, or set WANDB_MODE=offline and upload later."):
-            self._check_login()
+            _check_login(self._wandb)
             # Its file is written every tenth of a second, so that a killed run loses at most that.
             self._held = Held(run_dir, "wandb", settle_s=1.0)
             self._run: Any = self._wandb.init(
-                project=settings.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT,
-                entity=settings.wandb_entity or None,
+                **_init_arguments(settings),
                 name=settings.wandb_run_name or condition(config),
-                group=settings.wandb_group or None,
-                tags=[tag.strip() for tag in settings.wandb_tags.split(",") if tag.strip()] or None,
                 id=self._held.id,
                 resume="allow",
                 reinit="create_new",
@@ -211,14 +208,6 @@ class WandbSink:
             log.info("wandb: %s", self._run.url)
         elif self._run.settings.mode == "offline":
             log.info("wandb: offline; upload with: wandb sync %s", self._run.settings.sync_dir)
-
-    def _check_login(self) -> None:
-        """wandb would ask on a terminal, and a run that waits for an answer has not started."""
-        if self._wandb.setup().settings.mode == "online" and not self._wandb.login(prompt=False):
-            raise ConfigError(
-                "tracker 'wandb' is not logged in.",
-                fix="run wandb login, set WANDB_API_KEY, or set WANDB_MODE=offline and upload later.",
-            )
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Send one row; its own counter is the number of the record, the axis is train/step or eval/step."""
@@ -375,6 +364,57 @@ class TensorboardSink:
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
+
+
+def report_analysis(config: Config, name: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> str:
+    """Show a finished analysis at Weights & Biases as a run called ``name``; where it is, in words.
+
+    Keys are ``<first word of name>/...``: ``facts`` go into the summary, and ``rows`` (the same keys in each, the first being
+    the axis) become curves and the table ``variance``. Its files lie in ``logging.log_dir``, else in ``logs/<first word>``.
+    """
+    with _starting("wandb"):
+        import wandb
+    library, settings, prefix = cast("Any", wandb), config.logging, name.partition("-")[0].partition(" ")[0]
+    given = "log_dir" in settings.model_fields_set
+    folder = Path(settings.log_dir).expanduser() if given else Path("logs") / prefix
+    with _starting("wandb", fix="check the network, or set WANDB_MODE=offline and upload later."):
+        _check_login(library)
+        folder.mkdir(parents=True, exist_ok=True)
+        run: Any = library.init(
+            **_init_arguments(settings), name=settings.wandb_run_name or name, dir=str(folder), reinit="create_new",
+            config=_public(config.model_dump(mode="json", exclude_unset=True)),
+            settings=library.Settings(console="off", silent=True, disable_git=True, disable_code=True),
+        )  # fmt: skip
+    axis, *values = (f"{prefix}/{key}" for key in rows[0])
+    run.define_metric(axis, hidden=True)
+    for key in values:
+        run.define_metric(key, step_metric=axis)
+    for row in rows:
+        run.log({f"{prefix}/{key}": value for key, value in row.items()})
+    made = library.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+    run.log({f"{prefix}/variance": made})
+    run.summary.update({f"{prefix}/{key}": value for key, value in facts.items()})
+    mode, url, place = run.settings.mode, run.url, run.settings.sync_dir
+    run.finish()
+    return str(url) if mode == "online" else f"offline; upload with: wandb sync {place}"
+
+
+def _init_arguments(settings: Logging) -> dict[str, Any]:
+    return {
+        "project": settings.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT,
+        "entity": settings.wandb_entity or None,
+        "group": settings.wandb_group or None,
+        "tags": [tag.strip() for tag in settings.wandb_tags.split(",") if tag.strip()] or None,
+    }
+
+
+def _check_login(library: Any) -> None:
+    """wandb would ask on a terminal, and a run that waits for an answer has not started."""
+    if library.setup().settings.mode == "online" and not library.login(prompt=False):
+        raise ConfigError(
+            "tracker 'wandb' is not logged in.",
+            fix="run wandb login, set WANDB_API_KEY, or set WANDB_MODE=offline and upload later.",
+        )
 
 
 def _quoted(text: str) -> str:

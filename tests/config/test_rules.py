@@ -61,7 +61,6 @@ def test_a_near_name_is_suggested() -> None:
     ("key", "value"),
     [
         ("backpressure.enabled", True),
-        ("squeeze.adapter_path", "x"),
         ("backend.devices", "gpu:0,gpu:1"),
         ("environment.provider", "verifiers"),
     ],

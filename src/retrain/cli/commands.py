@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": ("retrain.cli.use:evaluate", "accuracy of a run, an adapter or a model on held-out tasks"),
     "sample": ("retrain.cli.use:sample", "talk to a run's checkpoint, an adapter or a model"),
     "export": ("retrain.cli.use:export", "write a run's adapter, or the whole model, for other programs"),
+    "squeeze": ("retrain.cli.squeeze:squeeze", "which rank an adapter needs, and the adapter at that rank"),
     "bench": ("retrain.cli.bench:bench", "time a configuration's training step against what the device allows"),
     "backends": ("retrain.cli.examine:backends", "backends and engines: what is built, and what is installed"),
     "plugins": ("retrain.cli.examine:plugins", "everything that a configuration can name"),
@@ -31,5 +32,5 @@ COMMANDS = {
     "man": ("retrain.cli.manual:man", "show the manual, or one topic of it"),
 }
 
-LATER = ("squeeze",)
+LATER: tuple[str, ...] = ()
 """Known commands that this version does not build."""

@@ -26,14 +26,14 @@ RUN = "run"
 
 _PLACES = {
     **dict.fromkeys(("backend.adapter_path", "lora.init_from", "logging.log_dir", "resume.from"), FOLDERS),
-    **dict.fromkeys(("plugins.search_paths", "model.model"), FOLDERS),
+    **dict.fromkeys(("plugins.search_paths", "model.model", "squeeze.adapter_path", "squeeze.output_path"), FOLDERS),
     **dict.fromkeys(("data.path", "eval.path"), FILES),
 }
-_UNBUILT = ("squeeze", "backpressure")
+_UNBUILT = ("backpressure",)
 _ASKED = {
     "init": CONFIGS, "explain": CONFIGS, "trace": CONFIGS, "doctor": CONFIGS, "bench": CONFIGS, RUN: CONFIGS,
     "resume-check": FOLDERS, "status": FOLDERS, "top": FOLDERS, "report": FOLDERS, "why": FOLDERS, "replay": FOLDERS,
-    "eval": FOLDERS, "sample": FOLDERS, "export": FOLDERS, "diff": FILES,
+    "eval": FOLDERS, "sample": FOLDERS, "export": FOLDERS, "squeeze": FILES, "diff": FILES,
 }  # fmt: skip
 
 

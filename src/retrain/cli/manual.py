@@ -280,6 +280,8 @@ def _commands() -> str:
     from retrain.cli.commands import COMMANDS, LATER
 
     rows = [f"  {name:<26}{meaning}" for name, (_, meaning) in COMMANDS.items()]
+    if not LATER:
+        return "\n".join(rows)
     rest = textwrap.fill(", ".join(LATER), width=100, initial_indent="  ", subsequent_indent="  ")
     return "\n".join([*rows, "  Known, and not in this version:", rest])
 

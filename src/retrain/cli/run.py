@@ -17,6 +17,7 @@ from retrain.cli import dotenv
 from retrain.config import templates
 from retrain.config.load import LoadedConfig, Override, Source, load
 from retrain.config.options import CommandLine, parse
+from retrain.config.squeezes import is_squeeze
 from retrain.errors import ConfigError, ResumeError, UsageError
 from retrain.tracking import layout
 from retrain.types import RunResult
@@ -39,6 +40,13 @@ def run(arguments: Sequence[str]) -> int:
     loaded = load(source, line.overrides)
     if loaded.config.campaign is not None:
         return _campaign(loaded, line)
+    if is_squeeze(loaded.config):
+        from importlib import import_module
+
+        from retrain.cli.commands import COMMANDS
+
+        module, _, name = COMMANDS["squeeze"][0].partition(":")
+        return getattr(import_module(module), name)(arguments)
     if _is_new_run_in_a_used_directory(loaded, line) and sys.stdin.isatty() and sys.stdout.isatty():
         choice = _ask_about(loaded.config.logging.log_dir)
         if choice == "q":

@@ -29,7 +29,7 @@ _TABLES: Mapping[str, type[Section]] = {
     "reward.parts": PartTable,
 }
 _IN_TABLES = {"source": "source", "reward": "reward", "type": "reward"}
-_LATER = ("squeeze", "backpressure")
+_LATER = ("backpressure",)
 _KEPT = (
     "type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "minItems", "items",
     "properties", "required", "additionalProperties", "anyOf", "default",

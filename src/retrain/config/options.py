@@ -119,7 +119,7 @@ _ELSEWHERE = {
 }
 """What other trainers call our settings."""
 
-_UNBUILT = ("squeeze", "backpressure")
+_UNBUILT = ("backpressure",)
 
 
 def _unknown(flag: str) -> str:

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 
-from retrain.config import campaigns, names, own
+from retrain.config import campaigns, names, own, squeezes
 from retrain.config.fields import literal
 from retrain.config.idle import findings, get, own_source, path_of, stated
 from retrain.config.problems import Problem, dotted
@@ -30,6 +30,7 @@ NAMED = {
     "eval.source": "source",
     "environment.provider": "environment",
     "loss.kind": "loss",
+    "backpressure.controller": "backpressure",
     "training.truncated": "truncated",
     "training.lr_schedule": "lr_schedule",
 }
@@ -62,6 +63,7 @@ def check(config: Config) -> Iterator[Problem]:
     yield from _not_yet(config)
     yield from _combinations(config)
     yield from campaigns.check(config)
+    yield from squeezes.check(config)
     yield from findings(config)
 
 
@@ -109,14 +111,6 @@ def _name(config: Config, key: str, kind: str, value: str, index: int | None = N
 
 def _not_yet(config: Config) -> Iterator[Problem]:
     """Settings whose effect a later version builds."""
-    wanted: list[tuple[str, bool, str]] = [
-        ("backpressure.enabled", config.backpressure.enabled, "set it to false."),
-    ]
-    for key, is_wanted, fix in wanted:
-        if is_wanted:
-            yield Problem(path_of(key), f"{stated(config, key)} is not in this version.", fix, later=True)
-    if config.squeeze is not None:
-        yield Problem(("squeeze",), "[squeeze] is not in this version.", "remove the section.", later=True)
     if re.fullmatch(r"\s*(gpu:\d+|cpu)(\s*,\s*(gpu:\d+|cpu))+\s*", config.backend.devices):
         yield Problem(
             ("backend", "devices"),
@@ -177,6 +171,12 @@ def _combinations(config: Config) -> Iterator[Problem]:
             ("backpressure", "min_batch_size"),
             f"backpressure.min_batch_size = {low} is above max_batch_size = {high}.",
             "set it to at most that.",
+        )
+    if config.campaign is not None and config.backpressure.enabled:
+        yield Problem(
+            ("backpressure", "enabled"),
+            "backpressure.enabled = true: batch sizes would follow the clock, and differ between runs that are compared.",
+            'leave it out, or declare it: set "backpressure.enabled" = true in every condition that is to have it.',
         )
     if config.campaign is None and config.training.warmup_steps >= config.training.max_steps:
         yield Problem(

@@ -68,13 +68,14 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class Analysis:
     """What an adapter's layers need. ``recommended`` is the smallest rank of the table whose mean share reaches ``wanted``,
-    else the adapter's own: a heuristic of ours, which no paper defines."""
+    else the adapter's own: a heuristic of ours, which no paper defines. ``least`` is the smallest of all ranks that does."""
 
     source: Source
     layers: tuple[Layer, ...]
     table: tuple[Row, ...]
     wanted: float
     recommended: int
+    least: int
     seconds: float
     notes: tuple[str, ...]
 
@@ -88,6 +89,7 @@ class Analysis:
             "rslora": self.source.rslora,
             "min_variance_retention": self.wanted,
             "recommended_rank": self.recommended,
+            "least_rank": self.least,
             "table": [
                 {"rank": r.rank, "mean": r.mean, "min": r.min, "max": r.max, "pooled": r.pooled,
                  "predicted_error": r.error, "parameters": r.parameters, "recommended": r.rank == self.recommended}
@@ -176,9 +178,10 @@ def analyse(
     recommended = min(enough, default=source.rank)
     if recommended not in ranks:
         table.append(_row(layers, recommended))
+    least = next(k for k in range(1, source.rank + 1) if _mean(layers, k) >= wanted - _TOLERANCE)
     return Analysis(
-        source, tuple(layers), tuple(table), wanted, recommended, time.monotonic() - begun,
-        tuple(_notes(source, layers, recommended)),
+        source, tuple(layers), tuple(table), wanted, recommended, least, time.monotonic() - begun,
+        tuple(_notes(source, layers, recommended, least)),
     )  # fmt: skip
 
 
@@ -213,18 +216,22 @@ def _ranks(source: Source, wanted: Sequence[int]) -> list[int]:
     return sorted(set(wanted))
 
 
+def _mean(layers: Sequence[Layer], rank: int) -> float:
+    return math.fsum(layer.kept(rank) for layer in layers) / len(layers)
+
+
 def _row(layers: Sequence[Layer], rank: int) -> Row:
     shares = [layer.kept(rank) for layer in layers]
     total = math.fsum(layer.norm**2 for layer in layers)
     lost = math.fsum(layer.norm**2 * max(0.0, 1 - share) for layer, share in zip(layers, shares, strict=True))
     gone = lost / total if total else 0.0
     return Row(
-        rank, math.fsum(shares) / len(shares), min(shares), max(shares), 1 - gone, math.sqrt(gone),
+        rank, _mean(layers, rank), min(shares), max(shares), 1 - gone, math.sqrt(gone),
         sum(layer.pair.parameters(rank) for layer in layers),
     )  # fmt: skip
 
 
-def _notes(source: Source, layers: Sequence[Layer], recommended: int) -> list[str]:
+def _notes(source: Source, layers: Sequence[Layer], recommended: int, least: int) -> list[str]:
     notes: list[str] = []
     still = sum(layer.norm == 0 for layer in layers)
     if still == len(layers):
@@ -233,8 +240,8 @@ def _notes(source: Source, layers: Sequence[Layer], recommended: int) -> list[st
         notes.append(
             f"{still} of {len(layers)} layers have a zero update, and count as kept whole at every rank."
         )
-    if recommended == source.rank and still < len(layers):
-        notes.append(
-            "no lower rank keeps enough: the adapter uses its whole rank, and a larger one may help."
-        )
+    if least == source.rank > 1:
+        notes.append("no lower rank keeps enough: the adapter uses its whole rank, and a larger one may help.")
+    elif least < recommended:
+        notes.append(f"rank {least}, which the table leaves out, keeps enough too.")
     return notes

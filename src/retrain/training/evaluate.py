@@ -20,6 +20,9 @@ EVALUATION_STEP = -1
 
 _Z95 = 1.959963984540054
 
+Answers = dict[tuple[str, str], list[bool]]
+"""Which answers were correct, by suite (the prefix of its metrics) and id of the task."""
+
 
 def interval(correct_by_task: Sequence[Sequence[bool]]) -> tuple[float, float, float]:
     """Mean accuracy with a 95 % Wilson interval whose sample size is corrected for clustering by task.
@@ -38,6 +41,22 @@ def interval(correct_by_task: Sequence[Sequence[bool]]) -> tuple[float, float, f
         _Z95 * math.sqrt(p * (1 - p) / effective + _Z95**2 / (4 * effective**2)) / (1 + _Z95**2 / effective)
     )
     return p, max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_interval(before: Answers, after: Answers) -> tuple[float, float, float, int]:
+    """Mean change of accuracy over the tasks that both hold, its 95 % interval, and their number.
+
+    The unit is the task, whose answers of both sides share their noise: its difference of mean accuracies takes part once,
+    however often it was sampled. Half a task is added to each of the four outcomes, two tasks in all, as Agresti and Min do
+    for single answers (Statistics in Medicine 2005), so that few or no differing tasks give no empty interval.
+    """
+    shared = [key for key in before if key in after]
+    changes = np.array([np.mean(after[k]) - np.mean(before[k]) for k in shared], dtype=np.float64)
+    n = len(changes) + 2
+    centre = float(changes.sum()) / n
+    half = _Z95 * math.sqrt(((float((changes**2).sum()) + 1) / n - centre**2) / n)
+    mean = float(changes.mean()) if len(changes) else 0.0
+    return mean, max(-1.0, centre - half), min(1.0, centre + half), len(changes)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -67,11 +86,11 @@ class Evaluator:
 
     def run(
         self, loop: EventLoop, environment: Environment, reward: Reward, engine: Engine,
-        *, deadline_s: float, max_error_rate: float, errors_of: RewardErrors | None = None,
+        *, deadline_s: float, max_error_rate: float, errors_of: RewardErrors | None = None, answers: Answers | None = None,
     ) -> tuple[dict[str, Any], int]:  # fmt: skip
         """Metrics ``<prefix>/...`` of the engine's present weights, and how many rewards failed.
 
-        ``errors_of`` judges failed rewards where this is one of several suites.
+        ``errors_of`` judges failed rewards where this is one of several suites. ``answers`` is told every task's.
 
         Accuracy, interval, mean@n and pass@k are None where a reward does not say what is correct (outside [0, 1]
         without ``reward.correct_at``). mean@n and pass@k are over the tasks with n and k valid samples.
@@ -85,7 +104,7 @@ class Evaluator:
         rewards: list[float] = []
         lengths: list[int] = []
         cut = errors = 0
-        for group in got.groups_P:
+        for task, group in zip(tasks, got.groups_P, strict=True):
             row: list[bool | None] = []
             for rollout, score, valid in zip(group.rollouts_G, group.scores_G, group.valid_G, strict=True):
                 if not valid:
@@ -97,6 +116,8 @@ class Evaluator:
                 cut += rollout.stop == "length"
             if row:
                 verdicts.append(row)
+            if answers is not None and row and None not in row:
+                answers[self.prefix, task.id] = [v is True for v in row]
         judged = bool(verdicts) and all(v is not None for row in verdicts for v in row)
         marks = [[v is True for v in row] for row in verdicts]
         accuracy, low, high = interval(marks) if judged else (None, None, None)
@@ -165,7 +186,7 @@ class Suites:
 
     def run(
         self, loop: EventLoop, environment: Environment, reward: Reward, engine: Engine,
-        *, deadline_s: float, max_error_rate: float,
+        *, deadline_s: float, max_error_rate: float, answers: Answers | None = None,
     ) -> tuple[dict[str, Any], int]:  # fmt: skip
         """The metrics of all of them, and how many rewards failed."""
         found: list[dict[str, Any]] = []
@@ -173,7 +194,8 @@ class Suites:
         together = RewardErrors(max_error_rate, sum(len(part.tasks) * part.samples for part in self._parts))
         for part in self._parts:
             metrics, errors = part.run(
-                loop, environment, reward, engine, deadline_s=deadline_s, max_error_rate=max_error_rate, errors_of=together
+                loop, environment, reward, engine, deadline_s=deadline_s, max_error_rate=max_error_rate, errors_of=together,
+                answers=answers,
             )
             found.append(metrics)
             failed += errors
