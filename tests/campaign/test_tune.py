@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from retrain.campaign import manifest, plan, tune
+from retrain.campaign import account, findings, manifest, plan, tune
 from retrain.campaign.manifest import Manifest
 from retrain.campaign.run import execute, stored
 from retrain.campaign.tune import Tried
@@ -240,3 +240,16 @@ def test_the_runs_have_what_their_condition_chose(campaign):
         assert facts["eval_tasks"] == found.declared.evaluation["digest"]
     trial = json.loads((directory / "trials/grpo+none~lr=0.001_s1/run.json").read_text())
     assert trial["facts"]["eval_tasks"] == found.declared.tune["evaluation"]["digest"]
+
+
+def test_the_report_shows_every_arm(tmp_path):
+    values = grid([(0.1, 0.3), (0.5, 0.1), (0.2, 0.2)], [(0.4, 0.4), (0.3, 0.45), (0.9, 0.1)])
+    found = made(tmp_path, values, {("grpo+none", 1e-3, 1): ("failed", 10)})
+    manifest.write(tmp_path, replace(found, chosen=tune.choose(tune.trials(tmp_path, found))))
+    told = findings.gather(tmp_path)
+    _, _, table = account.tuning(told)
+    assert table.columns == ("Condition", "training.lr", "Seed 1", "Seed 2", "Mean", "")
+    assert table.rows[1] == ("grpo+none", "0.001", "50.0%*", "10.0%", "30.0%", "chosen")
+    assert table.rows[4] == ("maxrl+none", "0.001", "30.0%", "45.0%", "37.5%", "")
+    arms = findings.record(told)["tuning"]
+    assert [arm["value"] for arm in arms if arm["chosen"]] == [1e-3, 1e-2]

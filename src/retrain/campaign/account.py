@@ -131,12 +131,13 @@ def tuning(campaign: Findings) -> tuple[str, Table | None, Table | None]:
             None,
         )
     field = str(tune.get("field", "a setting"))
-    told = "; ".join(f"{k} {_listed(v)}" for k, v in tune.items() if k not in ("field", "digest"))
+    told = "; ".join(f"{k} {_listed(v)}" for k, v in tune.items() if k not in ("field", "digest", "evaluation"))
+    tasks: Mapping[str, Any] = tune.get("evaluation") or {}
+    if tasks:
+        after = ", those after the evaluation's own" if tasks.get("skip") else ""
+        told += f"; {tasks.get('tasks')} tasks of {tasks.get('source')}/{tasks.get('split')}{after}"
     chosen = campaign.manifest.chosen
     rows = tuple((label, _listed(chosen.get(label, "not chosen yet"))) for label in campaign.declared.conditions)
-    trials = tuple(
-        (each.name, each.state, "n/a" if each.accuracy is None else number(each.accuracy, share=True)) for each in campaign.trials
-    )
     text = (
         f"{field} was chosen for each condition on seeds and held-out tasks of its own, with the same budget for every "
         f"condition ({told})."
@@ -144,8 +145,34 @@ def tuning(campaign: Findings) -> tuple[str, Table | None, Table | None]:
     return (
         text,
         Table(("Condition", f"{field}, chosen"), rows, frozenset({1})),
-        Table(("Trial", "State", "Last accuracy"), trials, frozenset({2})) if trials else None,
+        _trials(campaign, field),
     )
+
+
+def _trials(campaign: Findings, field: str) -> Table | None:
+    """Every value of every condition with its trials' outcomes; of a design that does not say which, the trials by name."""
+    if campaign.tried:
+        seeds = campaign.tried[0].seeds
+        rows = tuple(
+            (
+                each.condition,
+                _listed(each.value),
+                *(
+                    state if value is None else f"{value:.1%}{'' if state == 'done' else '*'}"
+                    for state, value in zip(each.states, each.outcomes, strict=True)
+                ),
+                "n/a" if each.mean is None else f"{each.mean:.1%}",
+                "chosen" if each.chosen else "",
+            )
+            for each in campaign.tried
+        )
+        note = "Means over the evaluations of the last fifth of steps, on the trials' own tasks; * counts at its last evaluation."
+        columns = ("Condition", field, *(f"Seed {seed}" for seed in seeds), "Mean", "")
+        return Table(columns, rows, frozenset(range(1, len(seeds) + 3)), note)
+    listed = tuple(
+        (each.name, each.state, "n/a" if each.accuracy is None else number(each.accuracy, share=True)) for each in campaign.trials
+    )
+    return Table(("Trial", "State", "Last accuracy"), listed, frozenset({2})) if listed else None
 
 
 def configurations(campaign: Findings) -> tuple[Table, Table | None]:

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from retrain.campaign import manifest, outcomes, procedure, reading
+from retrain.campaign import manifest, outcomes, procedure, reading, tune
 from retrain.campaign.manifest import Declared, Manifest
 from retrain.campaign.outcomes import RunOutcome
 from retrain.campaign.reading import Reading
@@ -88,6 +88,7 @@ class Findings:
     config: Mapping[str, Any]
     processes: Mapping[str, Process]
     trials: tuple[Trial, ...]
+    tried: tuple[tune.Tried, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -145,6 +146,7 @@ def gather(directory: Path) -> Findings:
         config=_config(directory / layout.CONFIG),
         processes=_processes(directory / layout.CAMPAIGN_PROCESSES),
         trials=tuple(_trials(directory / layout.CAMPAIGN_TRIALS)),
+        tried=tune.trials(directory, found) if (declared.tune or {}).get("evaluation") is not None else (),
         warnings=(*_warnings(directory, found, runs, readings), *analysis.warnings * bool(analysis.look)),
     )
 
@@ -336,6 +338,7 @@ def record(findings: Findings) -> dict[str, Any]:
         "steps_to_threshold": {label: asdict(found) for label, found in reaches(findings).items()},
         "warnings": list(findings.warnings),
         "trials": [asdict(trial) for trial in findings.trials],
+        "tuning": [asdict(tried) for tried in findings.tried],
         "runs": [
             {
                 **{f.name: getattr(run, f.name) for f in fields(run)},

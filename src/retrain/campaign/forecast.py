@@ -301,13 +301,16 @@ def lines(told: Forecast, config: Config) -> list[str]:
         f"{told.threads} thread{'s' * (told.threads > 1)} each."
     ]
     if told.trials:
-        found.append(f"Before them {told.trials} trials of {told.trial_steps:,} steps.")
+        found.append(f"Before them {told.trials} trials of {told.trial_steps:,} step{'s' * (told.trial_steps > 1)}.")
     tokens = f"{_count(told.tokens.low)} to {_count(told.tokens.high)} sampled tokens"
     if told.spent is None:
         found.append(f"At most {_count(told.tokens.high)} sampled tokens.")
     else:
         hours = f"{_hours(told.spent, told)}, {tokens}"
-        clock = f"{duration(told.wall.low)} to {duration(told.wall.high)} (middle {duration(told.wall.middle)}), " if told.wall else ""
+        clock = ""
+        if told.wall is not None:
+            low, middle, high = map(duration, (told.wall.low, told.wall.middle, told.wall.high))
+            clock = f"{low} to {high} (middle {middle}), "
         found.append(f"Estimated: {clock}{hours}.")
     if told.room is not None:
         found.append(
