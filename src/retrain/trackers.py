@@ -394,9 +394,10 @@ def report_analysis(config: Config, name: str, facts: Mapping[str, Any], rows: S
     made = library.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
     run.log({f"{prefix}/variance": made})
     run.summary.update({f"{prefix}/{key}": value for key, value in facts.items()})
-    mode, url, place = run.settings.mode, run.url, run.settings.sync_dir
+    online, place = run.settings.mode == "online", run.settings.sync_dir
+    where = str(run.url) if online else f"offline; upload with: wandb sync {place}"
     run.finish()
-    return str(url) if mode == "online" else f"offline; upload with: wandb sync {place}"
+    return where
 
 
 def _init_arguments(settings: Logging) -> dict[str, Any]:

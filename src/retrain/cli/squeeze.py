@@ -77,7 +77,7 @@ def squeeze(arguments: Sequence[str]) -> int:
         if "--json" in own and not steps:
             _record(out, record)
         elif "--json" not in own:
-            out.line(_report(record))
+            out.line(_report(record, hint=not steps))
         if not steps:
             return 0
         from retrain.cli.run import run
@@ -358,7 +358,7 @@ def _tell_wandb(job: Job, record: Mapping[str, Any]) -> str:
     return report_analysis(job.loaded.config, "squeeze-analysis", facts, rows)
 
 
-def _report(record: Mapping[str, Any]) -> str:
+def _report(record: Mapping[str, Any], *, hint: bool) -> str:
     from retrain.squeeze.show import report
 
     lines = [report(record)]
@@ -379,6 +379,6 @@ def _report(record: Mapping[str, Any]) -> str:
         lines.append(f"Page: {record['page']}")
     if "wandb" in record:
         lines.append(f"wandb: {record['wandb']}")
-    if "train_on" in record and record["compressed"]["rank"] < record["rank"]:
+    if hint and "train_on" in record and record["compressed"]["rank"] < record["rank"]:
         lines += ["", "Short training after compression, if accuracy matters:", f"  {record['train_on']}"]
     return "\n".join(lines)
