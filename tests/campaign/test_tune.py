@@ -253,3 +253,15 @@ def test_the_report_shows_every_arm(tmp_path):
     assert table.rows[4] == ("maxrl+none", "0.001", "30.0%", "45.0%", "37.5%", "")
     arms = findings.record(told)["tuning"]
     assert [arm["value"] for arm in arms if arm["chosen"]] == [1e-3, 1e-2]
+
+
+def test_a_condition_that_changes_the_held_out_tasks_is_refused(tmp_path):
+    levels = TINY + "data.levels = [3]\n"
+    (tmp_path / "c.toml").write_text(levels)
+    design = plan.plan(load(tmp_path / "c.toml"), name="c")
+    with pytest.raises(ConfigError) as caught:
+        plan.declare(design, "c", threads=1)
+    assert str(caught.value).startswith(f"{tmp_path}/c.toml:29: condition maxrl+none~data.levels=3 sets data.levels, which also")
+    assert "state eval.levels for all of them" in str(caught.value)
+    (tmp_path / "c.toml").write_text(levels.replace("examples = 8", "examples = 8\nlevels = [2]"))
+    plan.declare(plan.plan(load(tmp_path / "c.toml"), name="c"), "c", threads=1)

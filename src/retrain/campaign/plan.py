@@ -199,6 +199,7 @@ def seeded(config: Config, name: str, label: str, seed: int) -> Config:
 def declare(planned: Plan, name: str, *, threads: int, tune: Mapping[str, Any] | None = None) -> Manifest:
     """What is fixed before the first run; reads the held-out tasks for their digest, and loads no model."""
     config, campaign = planned.loaded.config, planned.campaign
+    _check_tasks(planned)
     return Manifest(
         Declared(
             name=name,
@@ -219,6 +220,27 @@ def declare(planned: Plan, name: str, *, threads: int, tune: Mapping[str, Any] |
             versions={key: str(value) for key, value in build.facts().items()},
         )
     )
+
+
+def _check_tasks(planned: Plan) -> None:
+    """ConfigError where a condition's data changes which held-out tasks its runs are evaluated on. Their prompts may differ."""
+    if not planned.loaded.config.eval.source:
+        return
+    expected: list[tuple[str, str]] = []
+    for condition, run in zip(planned.conditions, planned.runs, strict=False):
+        own = [key for key in condition.settings if key.startswith("data.")]
+        if expected and not own:
+            continue
+        with dry.parts(run.config) as parts:
+            found = [(task.id, task.reference) for task in parts.held_out]
+        if expected and found != expected:
+            place = planned.loaded.where(*campaigns.path_of(condition, planned.campaign, own[0]))
+            raise ConfigError(
+                f"{f'{place}: ' if place else ''}condition {condition.label} sets {', '.join(own)}, which also changes the tasks "
+                "that it is evaluated on: its results could not be compared.",
+                fix=f"state {own[0].replace('data.', 'eval.')} for all of them, or leave it out of the condition.",
+            )
+        expected = expected or found
 
 
 def evaluation(config: Config) -> dict[str, Any]:

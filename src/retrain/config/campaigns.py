@@ -97,7 +97,8 @@ def _condition(config: Config, index: int, table: Mapping[str, Any]) -> Conditio
 
 def labelled(label: str, key: str, value: Any) -> str:
     """A label with one more setting; it names folders and is typed on command lines."""
-    text = f"{label}~{_short(key)}={value if isinstance(value, str) else literal(value)}"
+    items = cast("tuple[Any, ...]", tuple(value)) if isinstance(value, list | tuple) else (value,)
+    text = f"{label}~{_short(key)}={','.join(each if isinstance(each, str) else literal(each) for each in items)}"
     return re.sub(r"[^\w.+~=,-]+", "-", text, flags=re.ASCII)
 
 
