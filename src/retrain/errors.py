@@ -11,6 +11,7 @@ RetrainError
 └── RunError (exit 1)           a run that started and failed
     ├── RewardError             too many rewards of a step failed
     ├── EngineError             the sampler broke, hung, or is not the trained policy
+    ├── OutOfMemory             a step does not fit; a smaller one may
     └── LearnerError            the learner cannot go on (three non-finite updates in a row)
 """
 
@@ -95,5 +96,20 @@ class EngineError(RunError):
     """The sampler broke, hung past its deadline, or does not sample from the trained policy."""
 
 
+class OutOfMemory(RunError):
+    """Memory ran out in sampling or learning, and nothing was changed by it: the same with less may be tried."""
+
+
 class LearnerError(RunError):
     """The learner cannot go on."""
+
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error``, of whatever library, says that memory ran out. Knows torch's own by its name."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {"MemoryError", "OutOfMemoryError", "OutOfMemory"}:
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)

@@ -86,6 +86,7 @@ TABLE: dict[str, dict[str, str]] = {
         "trackio": "retrain.trackers:TrackioSink",
         "tensorboard": "retrain.trackers:TensorboardSink",
     },
+    "backpressure": {"usl": "retrain.training.backpressure:build"},
 }
 
 
@@ -102,6 +103,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "loss": ("tokens", "settings"),
     "backend": ("config", "renderer"),
     "sink": ("config", "run_dir"),
+    "backpressure": ("config",),
 }
 """What a plug-in of each open kind is called with, by position. An advantage may take keyword arguments as well."""
 
@@ -112,6 +114,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "environment": ("attempt",),
     "engine": ("load", "generate", "close"),
     "backend": ("capabilities", "facts", "publish", "train_step", "save", "restore", "close"),
+    "backpressure": ("next", "observe", "out_of_memory", "state_dict", "load_state_dict"),
 }
 """What an object must have that a plug-in of a kind makes: methods, and what ``_PROPERTIES`` names."""
 

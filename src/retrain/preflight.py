@@ -268,6 +268,8 @@ def inexact_because(
             reasons.append(f"{what} was {before.get(key) or 'unknown'} and is {now.get(key) or 'unknown'}")
     if now.get("deterministic") != "yes":
         reasons.append("CUDA kernels are not held to deterministic ones (training.deterministic = true does)")
+    if config.backpressure.enabled:
+        reasons.append("back pressure reads the clock")
     if reward_errors:
         reasons.append(f"{reward_errors} rewards failed or passed their deadline, which the clock decides")
     return reasons

@@ -22,6 +22,7 @@ from retrain.types import (
     OptimStep,
     Rollout,
     RunResult,
+    Sampled,
     Sampling,
     Score,
     ScoredGroup,
@@ -70,7 +71,8 @@ class Backend(Protocol):
         ...
 
     def train_step(self, batch: TrainBatch, optim: OptimStep) -> StepReport:
-        """One optimizer update on a non-empty batch; ValueError on an empty one."""
+        """One optimizer update on a non-empty batch; ValueError on an empty one, OutOfMemory where nothing was changed
+        because it does not fit."""
         ...
 
     def save(self, directory: Path) -> None:
@@ -92,6 +94,11 @@ class Engine(Protocol):
 
     One with a method ``release()`` is told when a step's sampling is over, before the learner runs: no prompt goes on
     from what was sampled, and memory kept for that can be given back. Sampling more afterwards is allowed.
+
+    One with a method ``queue() -> Mapping[str, float]`` says how loaded it was since it was last asked: ``running`` and
+    ``waiting`` requests and ``kv_use`` (0 to 1) at most, and how many ``preemptions``; what it does not know is left out.
+
+    Where memory runs out it raises ``retrain.errors.OutOfMemory`` and can be asked for less afterwards.
     """
 
     def load(self, weights: Weights) -> None:
@@ -169,6 +176,31 @@ class TaskSource(Protocol):
 
     def load_state_dict(self, state: State) -> None:
         """Continue from a position."""
+        ...
+
+
+@runtime_checkable
+class Sizer(Protocol):
+    """Chooses how many tasks each step takes; made as ``factory(config)``. It decides between steps only."""
+
+    def next(self) -> int:
+        """Tasks of the coming step, the same however often it is asked; from 1 to ``backpressure.max_batch_size``."""
+        ...
+
+    def observe(self, seen: Sampled) -> Mapping[str, Any]:
+        """Take in a completed step and decide about the next one; metrics by name, each of which begins with bp_."""
+        ...
+
+    def out_of_memory(self, batch_size: int) -> int:
+        """Memory ran out with so many tasks: how many to go on with in the same step, fewer, or 0 to give up."""
+        ...
+
+    def state_dict(self) -> State:
+        """What it remembers."""
+        ...
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue from there."""
         ...
 
 

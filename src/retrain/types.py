@@ -353,6 +353,26 @@ class OptimStep:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampled:
+    """What sampling one step took, for whoever chooses the next step's size.
+
+    ``batch_size`` tasks at once with ``group_size`` rollouts each; ``tokens`` sampled in ``seconds``; ``rows`` are (prompt
+    tokens, sampled tokens) per rollout. ``skipped``: nothing of the step could be trained on. ``put_back`` tasks were
+    drawn and go to the next step because memory ran out. ``queue`` is what the engine's ``queue`` returned, empty
+    without one.
+    """
+
+    batch_size: int
+    group_size: int
+    tokens: int
+    seconds: float
+    skipped: bool = False
+    rows: Sequence[tuple[int, int]] = ()
+    put_back: int = 0
+    queue: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """What a learner says about one train step. ``loss`` is None when unknown, never a made-up number.
 

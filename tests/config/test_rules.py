@@ -60,7 +60,6 @@ def test_a_near_name_is_suggested() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("backpressure.enabled", True),
         ("backend.devices", "gpu:0,gpu:1"),
         ("environment.provider", "verifiers"),
     ],

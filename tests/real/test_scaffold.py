@@ -123,7 +123,6 @@ WRONG = [
     (["--kind", "transform"], "needs --name"),
     (["--name", "x_y"], "needs --kind"),
     (["--kind", "transfrom", "--name", "x_y"], "did you mean transform?"),
-    (["--kind", "backpressure", "--name", "x_y"], "kind backpressure are not in this version"),
     (["--kind", "sink", "--name", "my-sink"], "for example --name my_sink."),
     (["--kind", "sink", "--name", "2nd"], "for example --name my_2nd."),
     (["--kind", "sink", "--name", "class"], "for example --name class_plugin."),

@@ -27,7 +27,7 @@ from retrain.backends.loss import token_weights
 from retrain.backends.objective import Objective, Scored, Tally, summary
 from retrain.backends.packing import Packed, families, pack_rows, plan_microbatches
 from retrain.config.schema import Config
-from retrain.errors import ModelError, ResumeError
+from retrain.errors import ModelError, OutOfMemory, ResumeError, is_out_of_memory
 from retrain.memory import MemoryPlan
 from retrain.models import Policy, load_policy
 from retrain.protocols import Renderer
@@ -95,11 +95,26 @@ class LocalBackend:
         """Accumulate the batch's gradient over microbatches, clip, update; a non-finite one changes nothing.
 
         Called again with the same batch object it is a further update of that batch: what the policy was before the
-        first one is remembered where the loss needs it.
+        first one is remembered where the loss needs it. OutOfMemory where the gradient does not fit.
         """
         if batch.is_empty:
             raise ValueError("train_step needs at least one row")
-        stats = self.gradient(batch)
+        ran_out, stats = "", {}
+        try:
+            stats = self.gradient(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            ran_out = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        if ran_out:
+            # Only here, where the traceback with all its tensors is gone.
+            self._adam.zero_grad(set_to_none=True)
+            self._fixed = _Fixed()
+            raise OutOfMemory(
+                f"memory ran out in learning ({ran_out}).",
+                fix="lower training.microbatch_tokens, training.batch_size or training.max_tokens, or set "
+                "backpressure.enabled = true, which finds the batch size that fits.",
+            )
         loss = stats["loss"]
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         started = self._now()

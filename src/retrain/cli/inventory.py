@@ -45,6 +45,7 @@ KINDS = {
     "engine": "the sampler",
     "renderer": "tokenizer and chat template",
     "sink": "trackers, besides the run directory",
+    "backpressure": "tasks of each step, while a run goes on",
     "trace": "lengths for retrain bench",
 }
 ALIASES = {"planning": "detector", "data": "source", "inference": "engine", "tracker": "sink"}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from retrain.cli.verb import own_flags
 from retrain.config.templates import ASSETS
-from retrain.errors import NotInThisVersion, UsageError
+from retrain.errors import UsageError
 
 USAGE = {
     "init-plugin": """\
@@ -18,8 +18,8 @@ Writes DIR/NAME.py, a plug-in that runs as it is, and NAME.toml, which trains a 
 It never overwrites a file.
 
   --kind KIND        advantage, transform, algorithm, uncertainty, planning, reward, data, environment, inference,
-                     loss, backend or sink; `retrain plugins` calls planning detector, data source and inference engine,
-                     which are taken here too
+                     loss, backend, backpressure or sink; `retrain plugins` calls planning detector, data source and
+                     inference engine, which are taken here too
   --name NAME        name of the module: a word that Python can import
   --output-dir DIR   folder of the module (plugins)
   --with-test        DIR/test_NAME.py as well, for pytest
@@ -38,6 +38,7 @@ KINDS: dict[str, tuple[str, str, Mapping[str, Mapping[str, str]]]] = {
     "inference": ("make_engine", "inference.engine", {}),
     "loss": ("loss", "loss.kind", {"training": {"updates_per_batch": "2"}}),
     "backend": ("make_backend", "backend.backend", {}),
+    "backpressure": ("make_sizer", "backpressure.controller", {"backpressure": {"enabled": "true"}}),
     "sink": ("Sink", "logging.trackers", {}),
 }
 """Kind -> what its module holds, the setting that names it, and settings that go with it, as TOML."""
@@ -106,8 +107,6 @@ def settings_of(kind: str, name: str) -> dict[str, dict[str, str]]:
 
 def _kind(text: str) -> str:
     kind = ALIASES.get(text, text)
-    if kind == "backpressure":
-        raise NotInThisVersion("init-plugin: plug-ins of kind backpressure are not in this version.", fix="name another kind.")
     if kind in KINDS:
         return kind
     known = ", ".join(KINDS)

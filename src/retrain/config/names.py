@@ -21,6 +21,7 @@ BUILT: dict[str, tuple[str, ...]] = {
     "truncated": ("score", "mask", "soft"),
     "lr_schedule": ("constant", "linear", "cosine"),
     "sink": ("console", "wandb", "trackio", "tensorboard"),
+    "backpressure": ("usl",),
 }
 
 LATER: dict[str, tuple[str, ...]] = {
@@ -38,6 +39,7 @@ LATER: dict[str, tuple[str, ...]] = {
     "truncated": (),
     "lr_schedule": (),
     "sink": (),
+    "backpressure": (),
 }
 
 CHECKS = (
@@ -64,6 +66,7 @@ OPEN = (
     "loss",
     "backend",
     "sink",
+    "backpressure",
 )
 """Kinds that also take the dotted path of a plug-in."""
 

@@ -21,6 +21,7 @@ SETTINGS: tuple[tuple[str, str], ...] = (
     ("engine", "inference.engine"),
     ("loss", "loss.kind"),
     ("backend", "backend.backend"),
+    ("backpressure", "backpressure.controller"),
 )
 """Kinds of plug-ins, and the settings that name one."""
 
@@ -36,6 +37,7 @@ def named_plugins(config: Config) -> list[tuple[str, str]]:
     An ``algorithm_mode`` stands in for both modes, which are then left out.
     """
     replaced = ("advantage", "transform") if config.algorithm.algorithm_mode else ()
+    replaced = replaced if config.backpressure.enabled else (*replaced, "backpressure")
     found = [(kind, str(get(config, key))) for kind, key in SETTINGS if kind not in replaced]
     found += [("sink", name) for name in config.logging.trackers]
     for table in (*config.data.mixture, *config.eval.suites):

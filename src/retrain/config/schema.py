@@ -346,6 +346,7 @@ class Backpressure(Section):
     """Batch size that follows measured throughput."""
 
     enabled: bool = Field(default=False, description="Adapt the batch size to measured throughput.")
+    controller: Name = Field(default="usl", description="What chooses the batch size: usl, or one of your own.")
     warmup_steps: Limit = Field(default=10, description="Steps to measure before the first fit.")
     ema_decay: Decay = Field(default=0.9, description="Decay of the logged throughput's moving average.")
     throttle_margin: PositiveShare = Field(default=0.85, description="Share of the best concurrency to use.")

@@ -31,7 +31,7 @@ import torch
 from retrain.config.schema import Config
 from retrain.engines.prefixes import ParkingLot
 from retrain.engines.schedule import Batch, Limits, Request, Timings
-from retrain.errors import EngineError
+from retrain.errors import EngineError, OutOfMemory, is_out_of_memory
 from retrain.memory import MemoryPlan
 from retrain.models import Policy
 from retrain.protocols import Renderer
@@ -178,7 +178,8 @@ class TorchEngine:
                 if not going:
                     return
         except BaseException as error:  # noqa: BLE001  it belongs to whoever waits
-            self._fail(error)
+            # Where memory ran out another error stands in, because this one's traceback holds tensors.
+            self._fail(_no_memory(error) if is_out_of_memory(error) else error)
 
     def _until_idle(self) -> list[Request]:
         """Step until nothing is live or waiting; the requests of the last step are left to be delivered."""
@@ -270,6 +271,15 @@ class TorchEngine:
         """Stop the sampling thread; what it was sampling fails."""
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _no_memory(error: BaseException) -> OutOfMemory:
+    text = str(error).strip().partition("\n")[0]
+    return OutOfMemory(
+        f"memory ran out in sampling ({text[:200] or type(error).__name__}).",
+        fix="lower training.batch_size, training.max_tokens or inference.max_rows, or set backpressure.enabled = true, "
+        "which finds the batch size that fits.",
+    )
 
 
 def _after_turns(loop: asyncio.AbstractEventLoop, then: Callable[[], object], turns: int = _TURNS) -> None:

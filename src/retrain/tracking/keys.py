@@ -88,6 +88,28 @@ STEP_KEYS: tuple[tuple[str, str, str], ...] = (
     ("train_time_s", "s", "training"),
     ("tokens_sampled", "tokens", "sampled tokens of valid rollouts"),
     ("tokens_per_second", "tokens/s", "`tokens_sampled` / `sample_time_s`"),
+    (
+        "bp_action", "",
+        "with back pressure, as all that follow: warm-up, grow, throttle, hold, probe or back off; it acts on the next step",
+    ),
+    ("bp_batch_size", "tasks", "batch size of the next step"),
+    ("bp_p_star", "rollouts", "concurrency of the highest throughput; null where none is told from noise"),
+    ("bp_p_star_low", "rollouts", "lower end of its 95 % interval"),
+    ("bp_p_star_high", "rollouts", "upper end of it; null where it is infinite"),
+    ("bp_sigma", "share", "of work that waits for its turn; null without a fit"),
+    ("bp_sigma_low", "share", "lower end of its 95 % interval"),
+    ("bp_sigma_high", "share", "upper end of it"),
+    ("bp_kappa", "", "cost of each pair that is kept in step; null without a fit"),
+    ("bp_kappa_low", "", "lower end of its 95 % interval"),
+    ("bp_kappa_high", "", "upper end of it; null where it is infinite"),
+    ("bp_noise", "share", "standard deviation of one step's throughput around the fit"),
+    ("bp_throughput", "tokens/s", "moving average of `tokens_per_second`"),
+    ("bp_regime", "", "compute or memory: the given peak that sampling came closer to; null without both"),
+    ("bp_utilization", "share", "of that peak that sampling reached; null without peaks"),
+    ("bp_drifted", "bool", "throughput left the fit, which starts anew"),
+    ("bp_out_of_memory", "", "times that memory ran out in this step"),
+    ("bp_put_back", "tasks", "drawn for this step, and left to the next because of that"),
+    ("bp_ceiling", "tasks", "largest batch size since memory ran out; null before"),
 )  # fmt: skip
 """Key, unit and meaning of a training step's row, in its order."""
 

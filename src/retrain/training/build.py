@@ -32,7 +32,7 @@ from retrain.tracking.run_log import RunLog
 from retrain.training.checkpoint import Checkpoints
 from retrain.training.evaluate import Evaluator, Suites
 from retrain.training.loop import Parts
-from retrain.training.own_parts import make_backend, make_engine, make_environment
+from retrain.training.own_parts import make_backend, make_engine, make_environment, make_sizer
 from retrain.training.rollout import EventLoop
 from retrain.types import NoiseKey, Sampling, Task
 
@@ -204,6 +204,7 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
         environment = make_environment(config, renderer)
         algorithm = credit.build(config, renderer)
         schedule = credit.build_schedule(config)
+        sizer = make_sizer(config)
         backend = make_backend(config, renderer)
         stack.callback(backend.close)
         engine = make_engine(config, renderer)
@@ -238,6 +239,7 @@ def build(config: Config, run_dir: Path, *, clear: bool, plain: bool, check: Che
             tasks=task_source,
             algorithm=algorithm,
             schedule=schedule,
+            sizer=sizer,
             sampling=sampling_of(config, renderer, temperature=config.training.temperature),
             evaluator=held_out,
             checkpoints=Checkpoints(run_dir, keep=config.training.keep_checkpoints),

@@ -9,32 +9,33 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from retrain.algorithms.credit import Algorithm, credit_step
 from retrain.algorithms.sepa import SepaSchedule
 from retrain.algorithms.statistics import step_stats
 from retrain.config.schema import Config
-from retrain.errors import LearnerError, RetrainError
-from retrain.protocols import Backend, Engine, Environment, Reward, State, Stateful, TaskSource
+from retrain.errors import OutOfMemory, RetrainError
+from retrain.protocols import Backend, Engine, Environment, Reward, Sizer, State, Stateful, TaskSource
 from retrain.tracking.run_log import RunLog
 from retrain.training.batch import pack
 from retrain.training.checkpoint import Checkpoints
-from retrain.training.counters import Counters
+from retrain.training.counters import NO_SIGNAL, Counters
 from retrain.training.evaluate import Evaluator, Suites
-from retrain.training.metrics import announce_groups, learner_metrics, rollout_metrics
+from retrain.training.metrics import (
+    announce_groups,
+    condition_metrics,
+    learner_metrics,
+    rollout_metrics,
+    sampled,
+    time_metrics,
+)
 from retrain.training.optim import optim_at
-from retrain.training.rollout import EventLoop, collect_signal
-from retrain.types import Sampling, StepReport
+from retrain.training.rollout import Collected, EventLoop, collect_signal
+from retrain.types import OptimStep, Sampling, StepReport, TrainBatch
 
 log = logging.getLogger("retrain")
-
-_MAX_SKIPPED_UPDATES = 3
-_NO_SIGNAL = (
-    "No step carried a signal: in every group all rewards were equal, so nothing was learned. Use easier tasks, "
-    "a reward with more levels, or a larger group_size."
-)
 
 
 @dataclass(slots=True)
@@ -53,6 +54,8 @@ class Parts:
     checkpoints: Checkpoints
     log: RunLog
     events: EventLoop
+    sizer: Sizer | None = None
+    """Chooses each step's batch size; None: ``training.batch_size``."""
     facts: State = field(default_factory=dict[str, Any])
     """Versions, device and threads of this start: stored with every checkpoint, compared on resume."""
     counters: Counters = field(default_factory=Counters)
@@ -64,6 +67,7 @@ class Parts:
         """Everything with memory besides the backend: exact resume is this list."""
         parts: dict[str, Any] = {
             "counters": self.counters, "tasks": self.tasks, "schedule": self.schedule, "engine": self.engine, "log": self.log,
+            "sizer": self.sizer,
         }  # fmt: skip
         return {name: part for name, part in parts.items() if isinstance(part, Stateful)}
 
@@ -114,58 +118,50 @@ def _train(config: Config, parts: Parts, stop: threading.Event) -> Literal["done
     if saved_at != counters.step:
         _save(parts, _state(parts), accuracy=None)
     if counters.step and not counters.steps_with_signal:
-        log.warning(_NO_SIGNAL)
+        log.warning(NO_SIGNAL)
     return "done" if counters.step >= training.max_steps else "interrupted"
 
 
 def _step(config: Config, parts: Parts) -> None:
     counters, training = parts.counters, config.training
-    step = counters.step
-    parts.log.phase("sampling", of=training.batch_size * training.group_size)
+    step, size = counters.step, parts.sizer.next() if parts.sizer else training.batch_size
+    parts.log.phase("sampling", of=size * training.group_size)
     started = time.perf_counter()
     weights = parts.backend.publish()
     parts.loaded = weights.version
     parts.engine.load(weights)
     synced = time.perf_counter()
-    got = collect_signal(
-        parts.events, parts.tasks, training.batch_size, training.group_size,
-        parts.environment, parts.reward, parts.engine, parts.sampling,
-        seed=training.seed, step=step, deadline_s=training.phase_timeout_s, max_error_rate=config.reward.max_error_rate,
-        min_signal=training.min_signal, max_oversample=training.max_oversample,
-        mask_truncated=parts.algorithm.mask_truncated,
-    )  # fmt: skip
-    if release := getattr(parts.engine, "release", None):
-        release()
-    parts.log.phase("learning")
-    sepa_lambda = parts.schedule.lambda_at(step)
-    gate_open = parts.schedule.gate_open
-    groups_P = credit_step(got.groups_P, parts.algorithm, sepa_lambda)
-    stats = step_stats(groups_P, parts.algorithm)
+    sepa_lambda, gate_open = parts.schedule.lambda_at(step), parts.schedule.gate_open
     fixed = training.batch_size * training.group_size * training.max_tokens
     keep_silent = config.loss.kl != 0 or config.loss.entropy != 0
-    batch = pack(groups_P, temperature=training.temperature, fixed_tokens=fixed, keep_silent=keep_silent)
-    parts.schedule.observe(stats.observed)
-    trained = time.perf_counter()
     optim = optim_at(config, step)
-    reports: list[StepReport] = []
-    while not batch.is_empty and len(reports) < training.updates_per_batch:
-        reports.append(parts.backend.train_step(batch, optim))
-        if reports[-1].update_skipped:
-            break  # the next one would compute the same
-    finished = time.perf_counter()
-    counters.step += 1
-    counters.reward_errors += got.reward_errors
-    counters.tokens += batch.num_tokens
-    counters.steps_with_signal += any(not group.skipped for group in groups_P)
-    if stats.observed.correct_rate is not None:
-        counters.correct_sum += stats.observed.correct_rate
-        counters.correct_steps += 1
+    first, got, put_back = parts.tasks.state_dict(), None, 0
+    while True:
+        try:
+            got = got or _collect(config, parts, size)
+            parts.log.phase("learning")
+            groups_P = credit_step(got.groups_P, parts.algorithm, sepa_lambda)
+            stats = step_stats(groups_P, parts.algorithm)
+            batch = pack(groups_P, temperature=training.temperature, fixed_tokens=fixed, keep_silent=keep_silent)
+            trained = time.perf_counter()
+            reports = _learn(config, parts, batch, optim, size)
+            break
+        except OutOfMemory as error:
+            if not parts.sizer or not (smaller := parts.sizer.out_of_memory(size)):
+                raise
+            # What was sampled is kept; the tasks left over are the next step's first.
+            drawn = len(got.groups_P) if got else size
+            kept = max(1, drawn * smaller // size)
+            parts.tasks.load_state_dict(first)
+            if got:
+                parts.tasks.take(kept)
+                got = replace(got, groups_P=got.groups_P[:kept])
+            log.warning("Step %d: %s It goes on with %d of %d tasks.", step, error.message, kept, drawn)
+            size, put_back = smaller, put_back + drawn - kept
+    parts.schedule.observe(stats.observed)
+    counters.add(got.reward_errors, batch.num_tokens, groups_P, stats.observed.correct_rate)
     metrics = {
-        "condition": config.algorithm.algorithm_mode
-        or f"{config.algorithm.advantage_mode}+{config.algorithm.transform_mode}",
-        "advantage_mode": config.algorithm.advantage_mode,
-        "transform_mode": config.algorithm.transform_mode,
-        "uncertainty_kind": config.algorithm.uncertainty_kind,
+        **condition_metrics(config),
         "batch_size": len(groups_P),
         "group_size": training.group_size,
         "sepa_lambda": sepa_lambda,
@@ -175,33 +171,39 @@ def _step(config: Config, parts: Parts) -> None:
         **stats.metrics,
         **learner_metrics(batch, reports),
         "lr": optim.lr,
-        "step_time_s": finished - started,
-        "sync_time_s": synced - started,
-        "sample_time_s": got.sample_time_s,
-        "score_time_s": got.score_time_s,
-        "train_time_s": finished - trained,
-        "tokens_sampled": batch.num_tokens,
-        "tokens_per_second": batch.num_tokens / max(got.sample_time_s, 1e-9),
+        **time_metrics(got, batch, started=started, synced=synced, trained=trained, finished=time.perf_counter()),
     }
+    if parts.sizer:
+        metrics |= parts.sizer.observe(sampled(got, batch, size, training.group_size, parts.engine, put_back))
     announce_groups(groups_P, config.reward.correct_at)
     parts.log.step(step, metrics, groups_P)
-    for report in reports:
-        _check_update(counters, report)
+    counters.check_updates(reports)
 
 
-def _check_update(counters: Counters, report: StepReport) -> None:
-    if not report.update_skipped:
-        counters.skipped_updates_in_a_row = 0
-        return
-    counters.skipped_updates += 1
-    counters.skipped_updates_in_a_row += 1
-    log.warning("Step %d: the update was skipped because %s.", counters.step - 1, report.update_skipped)
-    if counters.skipped_updates_in_a_row >= _MAX_SKIPPED_UPDATES:
-        raise LearnerError(
-            f"{counters.skipped_updates_in_a_row} updates in a row were skipped, the last because {report.update_skipped}.",
-            fix='start a new run with a lower training.lr or inference.dtype = "fp32"; lora.init_from = a checkpoint\'s adapter '
-            "folder goes on from what was learned.",
-        )
+def _collect(config: Config, parts: Parts, size: int) -> Collected:
+    training = config.training
+    return collect_signal(
+        parts.events, parts.tasks, size, training.group_size,
+        parts.environment, parts.reward, parts.engine, parts.sampling,
+        seed=training.seed, step=parts.counters.step, deadline_s=training.phase_timeout_s,
+        max_error_rate=config.reward.max_error_rate, min_signal=training.min_signal,
+        max_oversample=training.max_oversample, mask_truncated=parts.algorithm.mask_truncated,
+    )  # fmt: skip
+
+
+def _learn(config: Config, parts: Parts, batch: TrainBatch, optim: OptimStep, size: int) -> list[StepReport]:
+    reports: list[StepReport] = []
+    while not batch.is_empty and len(reports) < config.training.updates_per_batch:
+        try:
+            reports.append(parts.backend.train_step(batch, optim))
+        except OutOfMemory as error:
+            if not reports or not parts.sizer or not parts.sizer.out_of_memory(size):
+                raise
+            log.warning("%s The batch's %d updates before that stand.", error.message, len(reports))
+            break
+        if reports[-1].update_skipped:
+            break  # the next one would compute the same
+    return reports
 
 
 def _evaluation_due(config: Config, parts: Parts) -> bool:

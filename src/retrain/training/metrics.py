@@ -10,12 +10,44 @@ from typing import Any
 import numpy as np
 
 from retrain.algorithms.credit import correct
+from retrain.config.schema import Config
+from retrain.protocols import Engine
 from retrain.training.rollout import Collected
-from retrain.types import CreditedGroup, StepReport, TrainBatch
+from retrain.types import CreditedGroup, Sampled, StepReport, TrainBatch
 
 log = logging.getLogger("retrain.groups")
 
 _SHOWN_GROUPS = 2
+
+
+def condition_metrics(config: Config) -> dict[str, Any]:
+    """What is compared when runs are: the algorithm by name."""
+    algorithm = config.algorithm
+    return {
+        "condition": algorithm.algorithm_mode or f"{algorithm.advantage_mode}+{algorithm.transform_mode}",
+        "advantage_mode": algorithm.advantage_mode,
+        "transform_mode": algorithm.transform_mode,
+        "uncertainty_kind": algorithm.uncertainty_kind,
+    }
+
+
+def sampled(
+    got: Collected, batch: TrainBatch, batch_size: int, group_size: int, engine: Engine, put_back: int
+) -> Sampled:
+    """A step as whoever chooses the next one's size sees it; rollouts that failed have no lengths and are left out."""
+    rollouts = [r for g in got.groups_P for r in g.rollouts_G if r.num_sampled]
+    queue = getattr(engine, "queue", None)
+    return Sampled(
+        batch_size=batch_size,
+        group_size=group_size,
+        tokens=batch.num_tokens,
+        seconds=got.sample_time_s,
+        # Where memory ran out, the time is not that of what was sampled in the end.
+        skipped=batch.is_empty or put_back > 0,
+        rows=[(len(r.token_ids_T) - r.num_sampled, r.num_sampled) for r in rollouts],
+        put_back=put_back,
+        queue={} if queue is None else dict(queue()),
+    )
 
 
 def rollout_metrics(
@@ -88,6 +120,22 @@ def learner_metrics(batch: TrainBatch, reports: Sequence[StepReport]) -> dict[st
         "num_updates": len(reports),
         "num_microbatches": first.num_microbatches if first else 0,
         "skipped_update": any(r.update_skipped for r in reports),
+    }
+
+
+def time_metrics(
+    got: Collected, batch: TrainBatch, *, started: float, synced: float, trained: float, finished: float
+) -> dict[str, float]:
+    """Seconds of a step's phases: weights were handed over from ``started`` to ``synced``, and the learner ran from
+    ``trained`` to ``finished``."""
+    return {
+        "step_time_s": finished - started,
+        "sync_time_s": synced - started,
+        "sample_time_s": got.sample_time_s,
+        "score_time_s": got.score_time_s,
+        "train_time_s": finished - trained,
+        "tokens_sampled": batch.num_tokens,
+        "tokens_per_second": batch.num_tokens / max(got.sample_time_s, 1e-9),
     }
 
 

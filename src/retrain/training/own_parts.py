@@ -20,8 +20,17 @@ import numpy as np
 
 from retrain import plugins
 from retrain.config.schema import Config
-from retrain.errors import ConfigError, EngineError, LearnerError, PluginError, RetrainError
-from retrain.protocols import Backend, Engine, Environment, Renderer, State, Stateful
+from retrain.errors import (
+    ConfigError,
+    EngineError,
+    LearnerError,
+    OutOfMemory,
+    PluginError,
+    RetrainError,
+    RunError,
+    is_out_of_memory,
+)
+from retrain.protocols import Backend, Engine, Environment, Renderer, Sizer, State, Stateful
 from retrain.tracking import layout
 from retrain.types import (
     AdapterWeights,
@@ -32,6 +41,7 @@ from retrain.types import (
     OptimStep,
     RemoteWeights,
     Rollout,
+    Sampled,
     Sampling,
     SharedWeights,
     StepReport,
@@ -79,6 +89,17 @@ def make_backend(config: Config, renderer: Renderer) -> Backend:
         capabilities = made.capabilities
     _check_capabilities(config, name, capabilities)
     return (_SnapshotBackend if callable(getattr(made, "snapshot", None)) else _OwnBackend)(name, made)
+
+
+def make_sizer(config: Config) -> Sizer | None:
+    """What chooses each step's batch size; None where it is ``training.batch_size``."""
+    if not config.backpressure.enabled:
+        return None
+    name = config.backpressure.controller
+    made = plugins.make("backpressure", name, config)
+    if not plugins.is_own("backpressure", name):
+        return made
+    return _OwnSizer(name, made, config.backpressure.max_batch_size)
 
 
 def _check_capabilities(config: Config, name: str, capabilities: object) -> None:
@@ -129,6 +150,10 @@ class _named:
                 raise inner
         elif isinstance(inner, OSError) and inner.errno in self._passes:
             return
+        elif isinstance(inner, Exception) and is_out_of_memory(inner):
+            raise OutOfMemory(
+                plugins.raised(self._kind, self._name, inner), fix="lower training.batch_size or training.max_tokens."
+            ) from None
         elif isinstance(inner, (Exception, SystemExit)):
             raise self._error(
                 plugins.raised(self._kind, self._name, inner), fix=f"correct the {self._kind}."
@@ -381,3 +406,47 @@ _PLAIN: dict[str, tuple[type, tuple[type, ...]]] = {
     "float | None": (float, (numbers.Real,)),
 }
 """Types of a report's fields: what each becomes, and what it may come as."""
+
+
+class _OwnSizer:
+    def __init__(self, name: str, inner: Any, most: int) -> None:
+        self._name, self._inner, self._most = name, inner, most
+
+    def next(self) -> int:
+        return self._size("next", 1)
+
+    def out_of_memory(self, batch_size: int) -> int:
+        return self._size("out_of_memory", 0, batch_size)
+
+    def observe(self, seen: Sampled) -> dict[str, Any]:
+        with self._named():
+            metrics = dict(self._inner.observe(seen))
+        wrong = next((key for key in metrics if not str(key).startswith("bp_")), None)
+        if wrong is not None:
+            raise RunError(
+                f"backpressure {self._name!r}: its observe returned the metric {wrong!r}.",
+                fix="begin the names of its metrics with bp_.",
+            )
+        return metrics
+
+    def state_dict(self) -> State:
+        with self._named():
+            return self._inner.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        with self._named():
+            self._inner.load_state_dict(state)
+
+    def _named(self) -> _named:
+        return _named("backpressure", self._name, RunError)
+
+    def _size(self, method: str, least: int, *arguments: int) -> int:
+        with self._named():
+            size = cast("object", getattr(self._inner, method)(*arguments))
+        most = arguments[0] - 1 if arguments else self._most
+        if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or not least <= size <= most:
+            raise RunError(
+                f"backpressure {self._name!r}: its {method} returned {size!r}, not a whole number from {least} to {most}.",
+                fix="return a number of tasks.",
+            )
+        return int(cast("int", size))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from retrain.algorithms.credit import has_signal
-from retrain.errors import EngineError, RewardError, RunError
+from retrain.errors import EngineError, OutOfMemory, RewardError, RunError
 from retrain.protocols import Engine, Environment, Reward, TaskSource
 from retrain.types import NoiseKey, Rollout, Sampling, Score, ScoredGroup, Task
 
@@ -258,6 +258,7 @@ def collect_signal(
     more, up to ``max_oversample * batch_size`` in all (dynamic sampling, DAPO, 2503.14476).
 
     Every group sampled is returned and counts in the loss's denominators; none is thrown away to reach a round number.
+    At the end, and where memory runs out, the engine is told to release what it holds.
     """
     # 0.28 * 25 is a little more than 7 in floating point.
     wanted = math.ceil(min_signal * batch_size - 1e-9)
@@ -266,10 +267,14 @@ def collect_signal(
     got = Collected((), 0.0, 0.0)
     while True:
         more = min(batch_size, most - len(got.groups_P))
-        new = collect(
-            loop, tasks.take(more), n, environment, reward, engine, sampling,
-            seed=seed, step=step, deadline_s=deadline_s, errors=errors,
-        )  # fmt: skip
+        try:
+            new = collect(
+                loop, tasks.take(more), n, environment, reward, engine, sampling,
+                seed=seed, step=step, deadline_s=deadline_s, errors=errors,
+            )  # fmt: skip
+        except OutOfMemory:
+            _release(engine)
+            raise
         got = Collected(
             got.groups_P + new.groups_P,
             got.sample_time_s + new.sample_time_s,
@@ -287,4 +292,11 @@ def collect_signal(
             len(got.groups_P),
             wanted,
         )
+    _release(engine)
     return got
+
+
+def _release(engine: Engine) -> None:
+    release = getattr(engine, "release", None)
+    if release is not None:
+        release()
