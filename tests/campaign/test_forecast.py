@@ -1,4 +1,4 @@
-"""What is told before a campaign: counts, time, fit of the runs at once, and what its design can see, against hand-made figures."""
+"""What is told before a campaign: counts, time, fit of the runs at once, and what its design can see."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ examples = 8
 seeds = [11, 12, 13, 14, 15, 16, 17, 18]
 max_steps = 10
 """
-BIG = TINY.replace("retrain/tiny", "Qwen/Qwen3-4B-Instruct-2507").replace('"cpu"', '"gpu:0"').replace('"arithmetic"', '"gsm8k"')
+BIG = (
+    TINY.replace("retrain/tiny", "Qwen/Qwen3-4B-Instruct-2507")
+    .replace('"cpu"', '"gpu:0"')
+    .replace('"arithmetic"', '"gsm8k"')
+)
 GIB = 2**30
 
 
@@ -158,7 +162,9 @@ def test_runs_on_gpus(here):
 
 
 def test_threads_beyond_the_cores_are_announced(here):
-    assert "4 runs of 3 threads on 4 processors wait for each other." in said(TINY, launcher="processes", max_workers=4, threads=3)
+    assert "4 runs of 3 threads on 4 processors wait for each other." in said(
+        TINY, launcher="processes", max_workers=4, threads=3
+    )
     assert "wait for each other" not in said(TINY, launcher="processes", max_workers=4, threads=1)
 
 
@@ -180,7 +186,9 @@ def test_a_stated_deviation_gives_the_smallest_difference(here):
     assert seen.level == pytest.approx(0.05 / 4)
     assert seen.difference == pytest.approx(detectable(0.02, 8, 0.0125))
     assert seen.seeds_needed is not None
-    assert detectable(0.02, seen.seeds_needed, 0.0125) <= 0.02 < detectable(0.02, seen.seeds_needed - 1, 0.0125)
+    assert (
+        detectable(0.02, seen.seeds_needed, 0.0125) <= 0.02 < detectable(0.02, seen.seeds_needed - 1, 0.0125)
+    )
     text = said(TINY, deviation=0.02)
     assert f"differences of at least {100 * seen.difference:.2g} points" in text
     assert f"that takes {seen.seeds_needed} seeds" in text
@@ -239,8 +247,23 @@ def test_a_pilot_campaign_gives_its_pooled_deviation(here, tmp_path):
 
 def test_a_pilot_may_be_a_folder_of_runs(here, tmp_path):
     for seed, value in ((1, 0.4), (2, 0.44), (3, 0.42)):
-        write_run(tmp_path / f"runs/{seed}", "grpo+none", seed, 10, 10, "done", 0.5, 0, 5, {}, value, "eval/accuracy")
-        (tmp_path / f"runs/{seed}/config.toml").write_text(f"[training]\nseed = {seed}\nlr = 0.1\n[logging]\nlog_dir = '{seed}'\n")
+        write_run(
+            tmp_path / f"runs/{seed}",
+            "grpo+none",
+            seed,
+            10,
+            10,
+            "done",
+            0.5,
+            0,
+            5,
+            {},
+            value,
+            "eval/accuracy",
+        )
+        (tmp_path / f"runs/{seed}/config.toml").write_text(
+            f"[training]\nseed = {seed}\nlr = 0.1\n[logging]\nlog_dir = '{seed}'\n"
+        )
     # Another learning rate is another condition, and one run alone has no deviation.
     write_run(tmp_path / "runs/4", "grpo+none", 4, 10, 10, "done", 0.5, 0, 5, {}, 0.9, "eval/accuracy")
     (tmp_path / "runs/4/config.toml").write_text("[training]\nseed = 4\nlr = 0.2\n")
@@ -260,7 +283,9 @@ def test_a_pilot_that_says_nothing_is_refused(here, tmp_path):
 def test_a_pilot_beside_the_toml_is_found(here, tmp_path, monkeypatch):
     values = {(label, seed): 0.4 + 0.01 * seed for label in ("grpo+none", "maxrl+none") for seed in (1, 2)}
     write_campaign(
-        tmp_path / "there/pilot", declared(conditions=("grpo+none", "maxrl+none"), seeds=(1, 2), steps=10), values=values
+        tmp_path / "there/pilot",
+        declared(conditions=("grpo+none", "maxrl+none"), seeds=(1, 2), steps=10),
+        values=values,
     )
     (tmp_path / "there/c.toml").write_text(TINY + 'pilot = "pilot"\n')
     monkeypatch.chdir(tmp_path)
@@ -294,4 +319,6 @@ def test_explain_of_a_campaign_needs_no_torch(tmp_path):
         "import sys; from retrain.cli.main import main; code = main(['explain', 'c.toml', '--json']); "
         "assert code == 0; assert not {'torch', 'transformers', 'peft', 'ray', 'scipy.optimize'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120, stdout=subprocess.DEVNULL
+    )

@@ -54,7 +54,13 @@ advantage_mode = "maxrl"
 transform_mode = "none"
 """
 TWO = ("grpo+none", "maxrl+none")
-TUNE = {"field": "training.lr", "values": [1e-4, 1e-3, 1e-2], "seeds": [1, 2], "max_steps": 20, "evaluation": {}}
+TUNE = {
+    "field": "training.lr",
+    "values": [1e-4, 1e-3, 1e-2],
+    "seeds": [1, 2],
+    "max_steps": 20,
+    "evaluation": {},
+}
 
 
 def planned(text=TINY, changes=()):
@@ -70,7 +76,18 @@ def made(folder, values, states=None):
         label = tune.trial_label(condition, "training.lr", value)
         state, done = (states or {}).get((condition, value, seed), ("done", 20))
         write_run(
-            folder / f"trials/{label}_s{seed}", label, seed, 20, done, state, 0.5, 0, 5, {}, accuracy, "eval/accuracy"
+            folder / f"trials/{label}_s{seed}",
+            label,
+            seed,
+            20,
+            done,
+            state,
+            0.5,
+            0,
+            5,
+            {},
+            accuracy,
+            "eval/accuracy",
         )
     return Manifest(declared(conditions=TWO, steps=40, tune=TUNE))
 
@@ -91,7 +108,10 @@ def test_each_condition_takes_the_value_with_the_best_mean(tmp_path):
     assert [round(each.mean, 6) for each in tried] == [0.2, 0.3, 0.2, 0.4, 0.375, 0.5]
     assert tune.choose(tried) == {"grpo+none": 1e-3, "maxrl+none": 1e-2}
     chosen = tune.trials(tmp_path, replace(found, chosen=tune.choose(tried)))
-    assert [(each.condition, each.value) for each in chosen if each.chosen] == [("grpo+none", 1e-3), ("maxrl+none", 1e-2)]
+    assert [(each.condition, each.value) for each in chosen if each.chosen] == [
+        ("grpo+none", 1e-3),
+        ("maxrl+none", 1e-2),
+    ]
     assert chosen[0].outcomes == (0.1, 0.3)
 
 
@@ -130,7 +150,10 @@ def test_nothing_is_chosen_while_trials_are_missing_or_say_nothing(tmp_path):
     with pytest.raises(RunError, match=r"the trials of maxrl\+none are not done"):
         tune.choose(tune.trials(tmp_path, found))
     assert tune.states(tmp_path, found)["maxrl+none~lr=0.01_s2"] == "interrupted"
-    silent = [Tried("a", 1, (1,), ("failed",), (None,), 0.0, False), Tried("a", 2, (1,), ("failed",), (None,), 0.0, False)]
+    silent = [
+        Tried("a", 1, (1,), ("failed",), (None,), 0.0, False),
+        Tried("a", 2, (1,), ("failed",), (None,), 0.0, False),
+    ]
     with pytest.raises(RunError, match="no trial of a came to an evaluation"):
         tune.choose(silent)
 
@@ -141,10 +164,17 @@ def test_every_arm_has_the_same_budget_and_tasks_of_its_own():
     assert [run.name for run in trials] == [
         "grpo+none~lr=0.001_s1", "grpo+none~lr=0.0001_s1", "maxrl+none~lr=0.001_s1", "maxrl+none~lr=0.0001_s1",
     ]  # fmt: skip
-    assert {(r.config.training.max_steps, r.config.eval.skip, r.config.eval.examples) for r in trials} == {(1, 8, 8)}
+    assert {(r.config.training.max_steps, r.config.eval.skip, r.config.eval.examples) for r in trials} == {
+        (1, 8, 8)
+    }
     assert [r.config.training.lr for r in trials] == [1e-3, 1e-4, 1e-3, 1e-4]
     fixed = tune.declared(design)
-    assert (fixed["field"], fixed["values"], fixed["seeds"], fixed["max_steps"]) == ("training.lr", [1e-3, 1e-4], [1], 1)
+    assert (fixed["field"], fixed["values"], fixed["seeds"], fixed["max_steps"]) == (
+        "training.lr",
+        [1e-3, 1e-4],
+        [1],
+        1,
+    )
     assert fixed["evaluation"]["digest"] != plan.evaluation(design.runs[0].config)["digest"]
     with dry.parts(trials[0].config) as ours, dry.parts(design.runs[0].config) as theirs:
         assert not {t.id for t in ours.held_out} & {t.id for t in theirs.held_out}
@@ -154,7 +184,11 @@ def test_every_arm_has_the_same_budget_and_tasks_of_its_own():
 def test_another_split_may_be_named():
     design = planned(changes=[("campaign", {"tune": {"lr": [1e-3, 1e-4], "split": "validation"}})])
     fixed = tune.declared(design)
-    assert (fixed["evaluation"]["split"], fixed["evaluation"]["skip"], fixed["max_steps"]) == ("validation", 0, 2)
+    assert (fixed["evaluation"]["split"], fixed["evaluation"]["skip"], fixed["max_steps"]) == (
+        "validation",
+        0,
+        2,
+    )
     assert tune.declared(planned(changes=[("campaign", {"tune": {}})])) is None
 
 
@@ -166,20 +200,27 @@ def test_too_few_tasks_are_refused_with_a_number_that_is_enough(examples):
         tune.declared(planned(changes=changes))
     assert "are left for trials to choose on" in str(caught.value)
     enough = int(str(caught.value).split("eval.examples to at most ")[1].split(",")[0])
-    assert tune.declared(planned(changes=[changes[0], ("eval", {"examples": enough})]))["evaluation"]["tasks"] == enough
+    assert (
+        tune.declared(planned(changes=[changes[0], ("eval", {"examples": enough})]))["evaluation"]["tasks"]
+        == enough
+    )
 
 
 def test_tasks_that_are_evaluated_on_as_well_are_refused(tmp_path):
     rows = [{"question": f"What is {i % 12}+1?", "answer": str(i % 12 + 1)} for i in range(24)]
     (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, rows)))
     changes = [("eval", {"source": "jsonl", "path": str(tmp_path / "held.jsonl"), "examples": 12})]
-    with pytest.raises(ConfigError, match=r"of the 12 tasks for trials to choose on are evaluated on as well\. Fix: "):
+    with pytest.raises(
+        ConfigError, match=r"of the 12 tasks for trials to choose on are evaluated on as well\. Fix: "
+    ):
         tune.declared(planned(changes=changes))
 
 
 def test_a_value_that_no_run_can_have_names_its_line(tmp_path):
     path = tmp_path / "c.toml"
-    path.write_text(TINY.replace("tune = { lr = [1e-3, 1e-4]", 'tune = { field = "group_size", values = [1, 4]'))
+    path.write_text(
+        TINY.replace("tune = { lr = [1e-3, 1e-4]", 'tune = { field = "group_size", values = [1, 4]')
+    )
     design = plan.plan(load(path), name="c")
     with pytest.raises(ConfigError) as caught:
         tune.planned_trials(design)
@@ -261,7 +302,9 @@ def test_a_condition_that_changes_the_held_out_tasks_is_refused(tmp_path):
     design = plan.plan(load(tmp_path / "c.toml"), name="c")
     with pytest.raises(ConfigError) as caught:
         plan.declare(design, "c", threads=1)
-    assert str(caught.value).startswith(f"{tmp_path}/c.toml:29: condition maxrl+none~data.levels=3 sets data.levels, which also")
+    assert str(caught.value).startswith(
+        f"{tmp_path}/c.toml:29: condition maxrl+none~data.levels=3 sets data.levels, which also"
+    )
     assert "state eval.levels for all of them" in str(caught.value)
     (tmp_path / "c.toml").write_text(levels.replace("examples = 8", "examples = 8\nlevels = [2]"))
     plan.declare(plan.plan(load(tmp_path / "c.toml"), name="c"), "c", threads=1)

@@ -55,14 +55,23 @@ def test_without_conditions_there_are_the_five():
 
 
 def test_a_label_names_modes_and_what_else_differs():
-    text = BASE + ARM + 'transform_mode = "none"\n' + ARM + "lr = 1e-3\nsepa.steps = 30\n[campaign.conditions.loss]\nkind = 'cispo'\n"
+    text = (
+        BASE
+        + ARM
+        + 'transform_mode = "none"\n'
+        + ARM
+        + "lr = 1e-3\nsepa.steps = 30\n[campaign.conditions.loss]\nkind = 'cispo'\n"
+    )
     assert labels(text) == ["maxrl+none", "maxrl+gtpo_sepa~lr=0.001~steps=30~kind=cispo"]
     assert labels(BASE + ARM + '"training.lr" = 1e-3\n' + ARM + "training_lr = 1e-2\n") == [
         "maxrl+gtpo_sepa~lr=0.001",
         "maxrl+gtpo_sepa~lr=0.01",
     ]
     # Folders and command lines take the label.
-    assert labels(BASE + ARM + 'data.instruction = "Think: a/b?"\n')[0] == "maxrl+gtpo_sepa~instruction=Think-a-b-"
+    assert (
+        labels(BASE + ARM + 'data.instruction = "Think: a/b?"\n')[0]
+        == "maxrl+gtpo_sepa~instruction=Think-a-b-"
+    )
 
 
 def test_the_runs_of_a_campaign(file):
@@ -111,7 +120,7 @@ TWO = ARM + 'transform_mode = "none"\n' + ARM
         ("tune.split = 'validation'\n", "retrain.toml:10: campaign.tune.split does nothing: no values to try."),
         ("tune = { lr = [1e-3, 1e-2], split = 'test' }\n", "is the split that is evaluated."),
         ("tune = { lr = [1e-3, 1e-2], split = 'train' }\n", "is the split that is trained on."),
-        ("tune.lr = [1e-3, 1e-2]\n" + TWO + "lr = 1e-4\n", "retrain.toml:14: condition maxrl+gtpo_sepa~lr=0.0001 sets training.lr"),
+        ("tune.lr = [1e-3, 1e-2]\n" + TWO + "lr = 1e-4\n", "retrain.toml:14: condition maxrl+gtpo_sepa~lr=0.0001 sets"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_names_its_place(file, more, expected):
@@ -125,7 +134,7 @@ def test_a_seed_twice_is_refused(file):
 
 def test_a_gpu_by_number_is_refused_where_each_run_is_given_one(file):
     text = BASE.replace('"cpu"', '"gpu:1"') + "parallel = true\n"
-    assert "retrain.toml:2: backend.devices = \"gpu:1\": each run sees only the GPU" in refused(file(text))
+    assert 'retrain.toml:2: backend.devices = "gpu:1": each run sees only the GPU' in refused(file(text))
     load(file(text.replace("parallel = true\n", "")))
 
 
@@ -136,9 +145,16 @@ def test_what_is_wrong_for_all_conditions_is_said_once_with_its_line(file):
 
 
 def test_what_a_shared_setting_means_to_one_condition_names_both(file):
-    more = TWO + "transform_mode = 'entropy_mask'\n[algorithm]\ntransform_params = { top_share = 0.2 }\ntransform_mode = 'entropy_mask'\n"
+    more = (
+        TWO
+        + "transform_mode = 'entropy_mask'\n[algorithm]\n"
+        + "transform_params = { top_share = 0.2 }\ntransform_mode = 'entropy_mask'\n"
+    )
     text = refused(file(BASE + more))
-    assert "retrain.toml:15: algorithm.transform_params does nothing with algorithm.transform_mode = \"none\"" in text
+    assert (
+        'retrain.toml:15: algorithm.transform_params does nothing with algorithm.transform_mode = "none"'
+        in text
+    )
     assert "(Of maxrl+none.)" in text
 
 
@@ -180,7 +196,10 @@ def test_one_condition_one_seed_and_no_evaluation_are_announced(file):
 
 def test_settings_of_parallel_runs_are_announced_where_runs_follow_each_other(file):
     said = announced(file(BASE + "max_workers = 2\nstagger_seconds = 1.0\n"))
-    assert [line.partition(": ")[2].split(" does")[0] for line in said] == ["campaign.max_workers", "campaign.stagger_seconds"]
+    assert [line.partition(": ")[2].split(" does")[0] for line in said] == [
+        "campaign.max_workers",
+        "campaign.stagger_seconds",
+    ]
 
 
 EVERY = """\
@@ -215,9 +234,25 @@ def test_a_campaign_dumps_and_loads_back_equal(file, tmp_path):
 def test_flags_reach_the_campaign(file):
     from retrain.config.options import parse
 
-    line = parse([str(file(BASE)), "--max-steps", "9", "--seeds", "[4, 5, 6]", "--campaign.tune.lr", "[1e-3, 1e-2]", "--lr", "1e-3"])
+    line = parse(
+        [
+            str(file(BASE)),
+            "--max-steps",
+            "9",
+            "--seeds",
+            "[4, 5, 6]",
+            "--campaign.tune.lr",
+            "[1e-3, 1e-2]",
+            "--lr",
+            "1e-3",
+        ]
+    )
     config = load(line.config, line.overrides).config
-    assert (config.campaign.max_steps, config.campaign.seeds, config.campaign.tune.lr) == (9, (4, 5, 6), (1e-3, 1e-2))  # type: ignore[union-attr]
+    assert (config.campaign.max_steps, config.campaign.seeds, config.campaign.tune.lr) == (
+        9,
+        (4, 5, 6),
+        (1e-3, 1e-2),
+    )  # type: ignore[union-attr]
     assert config.training.lr == 1e-3
 
 
@@ -229,8 +264,21 @@ def test_the_json_schema_knows_conditions():
         return [error.message for error in validator.iter_errors(tomllib.loads(BASE + text))]
 
     assert wrong(EVERY) == []
-    assert wrong(ARM + 'training.lr = 1e-3\ntraining_lr = 1e-3\n"sepa.steps" = 3\n[campaign.conditions.model]\nlora_rank = 4\n') == []
-    for bad in ("lrr = 1\n", "lr = 7\n", "seed = 3\n", 'transform_mode = "gtpoo"\n', "sepa.step = 3\n", "log_dir = 'x'\n"):
+    assert (
+        wrong(
+            ARM
+            + 'training.lr = 1e-3\ntraining_lr = 1e-3\n"sepa.steps" = 3\n[campaign.conditions.model]\nlora_rank = 4\n'
+        )
+        == []
+    )
+    for bad in (
+        "lrr = 1\n",
+        "lr = 7\n",
+        "seed = 3\n",
+        'transform_mode = "gtpoo"\n',
+        "sepa.step = 3\n",
+        "log_dir = 'x'\n",
+    ):
         assert wrong(ARM + bad), bad
 
 

@@ -191,7 +191,12 @@ def _crowd(count: int, threads: int, gpus: int, device: Device) -> float:
 
 
 def _times(
-    made: dict[str, Estimate], trials: Sequence[PlannedRun], runs: Sequence[PlannedRun], count: int, stagger: float, crowd: float
+    made: dict[str, Estimate],
+    trials: Sequence[PlannedRun],
+    runs: Sequence[PlannedRun],
+    count: int,
+    stagger: float,
+    crowd: float,
 ) -> tuple[Interval | None, Interval | None]:
     """Seconds of all runs one after the other, and on the clock with ``count`` at once."""
     both = [*trials, *runs]
@@ -214,7 +219,9 @@ def _span(made: Estimate, run: PlannedRun) -> Interval | None:
     step = made.step_seconds
     if step is None:
         return None
-    seconds = step.times(steps) + (made.evaluation or Interval(0.0, 0.0)).times(estimate.evaluations_of(run.config))
+    seconds = step.times(steps) + (made.evaluation or Interval(0.0, 0.0)).times(
+        estimate.evaluations_of(run.config)
+    )
     weights = made.memory.kept["weights"]
     return seconds + _START + Interval(weights / _READ[0], weights / _READ[1])
 
@@ -260,7 +267,8 @@ def refuse_unfit(planned: Plan, told: Forecast) -> None:
     raise ConfigError(
         f"{where}{told.workers} runs at once do not fit: {room.together} of them share {told.device.name} with "
         f"{preflight.gib(room.device)}, and each needs at least {preflight.gib(room.certain)}.",
-        fix=f"set campaign.max_workers to at most {most}" + (", or leave it at 0." if told.launcher == "processes" else "."),
+        fix=f"set campaign.max_workers to at most {most}"
+        + (", or leave it at 0." if told.launcher == "processes" else "."),
     )
 
 
@@ -274,7 +282,9 @@ def _announced(
     if how == "ray":
         return found
     if gpus and count > gpus and how == "processes":
-        found.append(f"{count} runs at once share {gpus} GPU{'s' * (gpus > 1)}: each has a part of its time and memory.")
+        found.append(
+            f"{count} runs at once share {gpus} GPU{'s' * (gpus > 1)}: each has a part of its time and memory."
+        )
     if not gpus and count * threads > processors:
         found.append(f"{count} runs of {threads} threads on {processors:g} processors wait for each other.")
     if room is not None and room.easily < room.together <= room.fit:
@@ -301,7 +311,9 @@ def lines(told: Forecast, config: Config) -> list[str]:
         f"{told.threads} thread{'s' * (told.threads > 1)} each."
     ]
     if told.trials:
-        found.append(f"Before them {told.trials} trials of {told.trial_steps:,} step{'s' * (told.trial_steps > 1)}.")
+        found.append(
+            f"Before them {told.trials} trials of {told.trial_steps:,} step{'s' * (told.trial_steps > 1)}."
+        )
     tokens = f"{_count(told.tokens.low)} to {_count(told.tokens.high)} sampled tokens"
     if told.spent is None:
         found.append(f"At most {_count(told.tokens.high)} sampled tokens.")
@@ -365,7 +377,11 @@ def record(told: Forecast) -> dict[str, Any]:
 def _ends(span: Interval | None) -> dict[str, float] | None:
     if span is None:
         return None
-    return {"low": float(f"{span.low:.3g}"), "middle": float(f"{span.middle:.3g}"), "high": float(f"{span.high:.3g}")}
+    return {
+        "low": float(f"{span.low:.3g}"),
+        "middle": float(f"{span.middle:.3g}"),
+        "high": float(f"{span.high:.3g}"),
+    }
 
 
 def _finite(value: float | None) -> float | None:

@@ -73,9 +73,7 @@ def sight(planned: Plan) -> Sight:
     known = deviation(planned)
     value = known.value if known else None
     margin = campaign.smallest_effect
-    short = list(
-        shortfalls(conditions, n, alpha=alpha, margin=margin, paired=by_seed, deviation=value)
-    )
+    short = list(shortfalls(conditions, n, alpha=alpha, margin=margin, paired=by_seed, deviation=value))
     if conditions > 1:
         short += _thin_looks(looks, level, campaign.alpha / (conditions - 1), paired=by_seed)
     return Sight(
@@ -115,7 +113,9 @@ def _equivalence_at(n: int, margin: float, alpha: float, *, paired: bool) -> flo
     """The largest deviation at which equal conditions are shown to be equivalent in 80 % of campaigns."""
     if n < 2:
         return 0.0
-    return crossing(lambda d: 0.8 - equivalence_power(d, n, margin, alpha, paired=paired), margin * 1e-3, margin * n)
+    return crossing(
+        lambda d: 0.8 - equivalence_power(d, n, margin, alpha, paired=paired), margin * 1e-3, margin * n
+    )
 
 
 def deviation(planned: Plan) -> Deviation | None:
@@ -162,7 +162,10 @@ def piloted(planned: Plan, *, paired: bool) -> Deviation:
     count = sum(map(len, arms))
     gaps = _differences(list(pilot.values.values())) if paired else []
     if gaps:
-        value, source = _pooled(gaps), f"of differences by seed in {sum(map(len, gaps))} pairs of runs of the pilot"
+        value, source = (
+            _pooled(gaps),
+            f"of differences by seed in {sum(map(len, gaps))} pairs of runs of the pilot",
+        )
         return Deviation(value, source, notes=_notes(pilot, design))
     value, notes = _pooled(arms), list(_notes(pilot, design))
     split = split_variance(arms, _mean(pilot.variances))
@@ -176,13 +179,20 @@ def piloted(planned: Plan, *, paired: bool) -> Deviation:
 
 def _campaign(directory: Path) -> _Pilot:
     known = manifest.read(directory)
-    runs = [run for run in outcomes.gather(directory, known) if run.state in ("done", "failed") and run.value is not None]
+    runs = [
+        run
+        for run in outcomes.gather(directory, known)
+        if run.state in ("done", "failed") and run.value is not None
+    ]
     values: dict[str, dict[int, float]] = {}
     for run in runs:
         values.setdefault(run.condition, {})[run.seed] = cast("float", run.value)
     tasks = known.declared.evaluation.get("tasks")
     return _Pilot(
-        values, [run.variance for run in runs], {known.declared.max_steps}, {tasks} if isinstance(tasks, int) else set()
+        values,
+        [run.variance for run in runs],
+        {known.declared.max_steps},
+        {tasks} if isinstance(tasks, int) else set(),
     )
 
 
@@ -251,7 +261,9 @@ def _notes(pilot: _Pilot, design: Config) -> tuple[str, ...]:
         (pilot.tasks, design.eval.examples if design.eval.source else None, "held-out tasks"),
     ):
         if theirs and ours is not None and theirs != {ours}:
-            found.append(f"The pilot's runs have {', '.join(map(str, sorted(theirs)))} {what}, those of this campaign {ours}.")
+            found.append(
+                f"The pilot's runs have {', '.join(map(str, sorted(theirs)))} {what}, those of this campaign {ours}."
+            )
     return tuple(found)
 
 
@@ -278,5 +290,7 @@ def describe(seen: Sight, config: Config) -> list[str]:
     ]
     if seen.difference > campaign.smallest_effect:
         needed = f"{seen.seeds_needed:,}" if seen.seeds_needed else "more than 100,000"
-        found.append(f"A difference of {effect}, the smallest that matters, is not seen reliably: that takes {needed} seeds.")
+        found.append(
+            f"A difference of {effect}, the smallest that matters, is not seen reliably: that takes {needed} seeds."
+        )
     return [*found, *known.notes, *seen.shortfalls]

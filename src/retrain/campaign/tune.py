@@ -136,7 +136,9 @@ def trials(directory: Path, manifest: Manifest) -> tuple[Tried, ...]:
 def states(directory: Path, manifest: Manifest) -> dict[str, str]:
     """The state of every trial by its name."""
     return {
-        run_name(trial_label(each.condition, (manifest.declared.tune or {})["field"], each.value), seed): state
+        run_name(
+            trial_label(each.condition, (manifest.declared.tune or {})["field"], each.value), seed
+        ): state
         for each in trials(directory, manifest)
         for seed, state in zip(each.seeds, each.states, strict=True)
     }
@@ -168,7 +170,9 @@ def choose(tried: Sequence[Tried]) -> dict[str, Any]:
     for condition in dict.fromkeys(each.condition for each in tried):
         arms = [each for each in tried if each.condition == condition]
         if any(arm.mean is None for arm in arms):
-            raise RunError(f"the trials of {condition} are not done.", fix="go on with the campaign: --resume DIR.")
+            raise RunError(
+                f"the trials of {condition} are not done.", fix="go on with the campaign: --resume DIR."
+            )
         if all(value is None for arm in arms for value in arm.outcomes):
             raise RunError(
                 f"no trial of {condition} came to an evaluation, so nothing can be chosen.",

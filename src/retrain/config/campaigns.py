@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, cast
@@ -97,7 +97,7 @@ def _condition(config: Config, index: int, table: Mapping[str, Any]) -> Conditio
 
 def labelled(label: str, key: str, value: Any) -> str:
     """A label with one more setting; it names folders and is typed on command lines."""
-    items = cast("tuple[Any, ...]", tuple(value)) if isinstance(value, list | tuple) else (value,)
+    items = cast("Sequence[Any]", value) if isinstance(value, list | tuple) else (value,)
     text = f"{label}~{_short(key)}={','.join(each if isinstance(each, str) else literal(each) for each in items)}"
     return re.sub(r"[^\w.+~=,-]+", "-", text, flags=re.ASCII)
 
