@@ -42,6 +42,9 @@ def bench(arguments: Sequence[str]) -> int:
     )
     with streams.results(alone="--json" in own) as out, quiet_loading():
         loaded = _loaded(rest)
+        from retrain.config.squeezes import refuse
+
+        refuse(loaded.config, "bench")
         from retrain.bench import Settings, measure
         from retrain.tracking.run_log import to_json
 

@@ -102,6 +102,16 @@ def _record(out: streams.Results, value: Any) -> None:
 
 
 def _loaded(command: str, rest: Sequence[str], *, else_tiny: bool) -> LoadedConfig | None:
+    """The configuration that a command looks at; UsageError for a squeeze, of which it has nothing to say."""
+    from retrain.config.squeezes import refuse
+
+    found = _named(command, rest, else_tiny=else_tiny)
+    if found is not None:
+        refuse(found.config, command)
+    return found
+
+
+def _named(command: str, rest: Sequence[str], *, else_tiny: bool) -> LoadedConfig | None:
     """The configuration that is named, ./retrain.toml without one, else the tiny template or None."""
     from retrain.cli import dotenv
     from retrain.config import templates

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from retrain.config.problems import Problem
 from retrain.config.schema import Config
+from retrain.errors import UsageError
 
 _TRAINS = ("campaign", "training", "algorithm", "data", "environment", "reward")
 """Sections that make a configuration a run or a campaign, whatever else it says."""
@@ -20,6 +21,14 @@ _BESIDE = {
 def is_squeeze(config: Config) -> bool:
     """True for [squeeze] without a section that trains."""
     return config.squeeze is not None and config.model_fields_set.isdisjoint(_TRAINS)
+
+
+def refuse(config: Config, command: str) -> None:
+    """UsageError for a squeeze where a command looks at training."""
+    if is_squeeze(config):
+        raise UsageError(
+            f"this configuration is a squeeze, which retrain {command} does not take.", fix="retrain squeeze CONFIG."
+        )
 
 
 def check(config: Config) -> Iterator[Problem]:
