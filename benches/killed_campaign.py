@@ -1,11 +1,10 @@
 """A campaign of the tiny model, killed with SIGKILL at random moments and rerun each time, against one that is left alone.
 
-Usage: python benches/killed_campaign.py [--kills 10] [--seeds 2] [--steps 12] [--out benches/results/killed_campaign.json]
+Usage: python benches/killed_campaign.py [--kills 10] [--seeds 2] [--steps 100] [--out benches/results/killed_campaign.json]
 
 Every second kill takes the processes of the runs as well, as the end of a machine would; the others leave them to notice it.
-A killed campaign that comes to its end before all kills were made is compared, and another one takes the rest. Compared are,
-run by run: state, adapter (to the byte), metrics.jsonl without timings, every task drawn and what became of it, and every
-completion that was recorded. Exit status 1 when anything differs. Run it from a checkout that nobody edits: a resume says
+Compared are, run by run: state, adapter (to the byte), metrics.jsonl without timings, every task drawn and what became of
+it, and every completion that was recorded. Exit status 1 when anything differs. Run it from a checkout that nobody edits: a resume says
 when the code has changed.
 """
 
@@ -42,7 +41,7 @@ group_size = 8
 max_tokens = 24
 temperature = 1.0
 lr = 1e-3
-save_every = 2
+save_every = 5
 [data]
 source = "arithmetic"
 levels = [1]
@@ -51,7 +50,7 @@ type = "match"
 [eval]
 source = "arithmetic"
 examples = 8
-every = 4
+every = 20
 [logging]
 log_dir = "logs"
 generations = 4
@@ -139,35 +138,41 @@ def unharmed(folder: Path) -> tuple[dict[str, dict[str, str]], float]:
     return digests(campaign(folder) or folder), time.monotonic() - began
 
 
-def harmed(
-    folder: Path, kills: int, span: float, chance: random.Random, met: list[dict]
-) -> dict[str, dict[str, str]]:
-    """A campaign killed until ``met``, to which is added what each kill met, holds ``kills``; each within ``span`` seconds
-    of its last start."""
+def moments(kills: int, total: int, chance: random.Random) -> list[tuple[int, float]]:
+    """When to kill: (steps on record of all runs together, seconds after that), spread at random over the whole campaign;
+    every fourth comes while processes start, before anything more is on record."""
+    points = sorted(chance.randrange(total * 9 // 10) for _ in range(kills))
+    return [(0 if i % 4 == 3 else point, chance.uniform(0.0, 8.0 if i % 4 == 3 else 0.5)) for i, point in enumerate(points)]
+
+
+def harmed(folder: Path, when: list[tuple[int, float]]) -> tuple[dict, list[dict]]:
+    """A campaign killed at the moments ``when`` and rerun after each: its digests, and what each kill met."""
+    met: list[dict] = []
     while True:
         directory = campaign(folder)
         if directory is None:
             shutil.rmtree(folder / "logs", ignore_errors=True)
         process, began = start(folder, directory), time.monotonic()
-        after = chance.uniform(0.5, span) if len(met) < kills else None
-        try:
-            code = process.wait(after)
-        except subprocess.TimeoutExpired:
-            directory = campaign(folder)
-            process.kill()
-            process.wait()
-            pids = children(directory) if directory else []
-            with_runs = bool(len(met) % 2)
-            if with_runs:
-                for pid in pids:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-            after_s = round(time.monotonic() - began, 2)
-            met.append({"after_s": after_s, "running": len(pids), "with_runs": with_runs, **at(directory)})
-            continue
-        if code:
-            raise SystemExit(f"a rerun ended with {code}:\n{(folder / 'said.txt').read_text()[-2000:]}")
-        return digests(campaign(folder) or folder)
+        if len(met) == len(when):
+            if code := process.wait():
+                raise SystemExit(f"a rerun ended with {code}:\n{(folder / 'said.txt').read_text()[-2000:]}")
+            return digests(campaign(folder) or folder), met
+        steps, further = when[len(met)]
+        while process.poll() is None and at(campaign(folder))["steps"] < steps:
+            time.sleep(0.05)
+        time.sleep(further)
+        if process.poll() is not None:
+            raise SystemExit(f"it ended before kill {len(met) + 1}: take more --steps.")
+        process.kill()
+        process.wait()
+        directory = campaign(folder)
+        pids = children(directory) if directory else []
+        with_runs = bool(len(met) % 2)
+        for pid in pids if with_runs else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        after_s = round(time.monotonic() - began, 2)
+        met.append({"after_s": after_s, "running": len(pids), "with_runs": with_runs, **at(directory)})
 
 
 def at(directory: Path | None) -> dict[str, int]:
@@ -188,25 +193,17 @@ def measure(kills: int, seeds: int, steps: int, chance: random.Random, root: Pat
         return made
 
     expected, seconds = unharmed(folder("unharmed"))
-    met: list[dict] = []
-    differing: list[str] = []
-    campaigns = 0
-    while len(met) < kills:
-        campaigns += 1
-        # So that the kills of one campaign spread over all of it.
-        span = min(3 / kills, 0.8) * seconds
-        found = harmed(folder(f"harmed-{campaigns}"), kills, span, chance, met)
-        names = sorted(expected.keys() | found.keys())
-        differing += [f"{campaigns}:{name}" for name in names if expected.get(name) != found.get(name)]
+    when = moments(kills, 2 * seeds * steps, chance)
+    found, met = harmed(folder("harmed"), when)
+    differing = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
     return {
         "design": f"2 conditions x {seeds} seeds of {steps} steps, 2 at a time, 1 thread each",
         "unharmed_s": round(seconds, 1),
         "kills": met,
-        "campaigns": campaigns,
         "runs": expected,
         "differing": differing,
         "equal": not differing,
-        "tasks_counted_twice": sum(int(run["tasks_twice"]) for run in expected.values()),
+        "tasks_counted_twice": sum(int(run["tasks_twice"]) for run in found.values()),
         "machine": platform.machine(),
         "facts": facts(),
     }
@@ -216,7 +213,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args()

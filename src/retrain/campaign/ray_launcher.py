@@ -42,8 +42,9 @@ _STORE_BYTES = 80 << 20
 _ITS_OWN = ("RAY_", "CUDA_", "NVIDIA_", "SLURM_", "LD_")
 """Variables of one machine, which mean nothing on another."""
 _ALONE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_USAGE_STATS_PROMPT": "1"}
-_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Ray's own switch, on every system, for nodes that no other machine reaches."""
+_LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_kill_child_processes_on_worker_exit": "false"}
+"""Of a cluster of our own: Ray's switch, on every system, for nodes that no other machine reaches; and runs that a worker
+leaves behind are not killed, because they save and end by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +264,7 @@ def _is_seen(marker: tuple[str, str]) -> bool:
 def _cluster(address: str, threads: int, gpus: int) -> Generator[tuple[Any, bool]]:
     """Ray, connected, and whether the cluster is this campaign's own."""
     given = address or os.environ.get("RAY_ADDRESS", "")
-    variables = _ALONE | ({} if given else _LOOPBACK)
+    variables = _ALONE | ({} if given else _LOCAL)
     environment = {key: os.environ.get(key) for key in variables}
     # Ray puts handlers of its own in the place of those of the campaign, which save the runs.
     in_main = threading.current_thread() is threading.main_thread()
