@@ -4,8 +4,8 @@ Usage: python benches/killed_campaign.py [--kills 10] [--seeds 2] [--steps 100] 
 
 Every second kill takes the processes of the runs as well, as the end of a machine would; the others leave them to notice it.
 Compared are, run by run: state, adapter (to the byte), metrics.jsonl without timings, every task drawn and what became of
-it, and every completion that was recorded. Exit status 1 when anything differs. Run it from a checkout that nobody edits: a resume says
-when the code has changed.
+it, and every completion that was recorded. Exit status 1 when anything differs. Run it from a checkout that nobody edits:
+a resume says when the code has changed.
 """
 
 from __future__ import annotations
