@@ -15,7 +15,8 @@ import torch
 import transformers.utils.logging
 
 from retrain import peaks
-from retrain.bench import _against, _roof, _Step, slowest
+from retrain.bench.roof import roof_of
+from retrain.bench.step import _against, _Step, slowest
 from retrain.cli.bench import report
 from retrain.cli.main import main
 from retrain.config.load import load
@@ -164,7 +165,7 @@ def test_the_roof_knows_the_format_of_the_cache_and_of_the_weights() -> None:
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(peaks, "measure", lambda *_: (Peaks(1e12, 1e11), {}))
-            return _roof(made, policy)
+            return roof_of(made, policy)
 
     step = _Step(1.0, 1.0, 0.0, {"step_time_s": 1.0}, {}, {}, [10], [(10, 5), (10, 3)], [], 0)
     plain = _against([step], roof(torch.bfloat16), 1)

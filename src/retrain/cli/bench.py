@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from retrain.config.load import LoadedConfig
 
 USAGE = """\
-Usage: retrain bench [CONFIG] [--steps N] [--trace TEXT] [--prompt-tokens N] [--flag value ...]
+Usage: retrain bench [CONFIG] [--sweep] [--steps N] [--trace TEXT] [--prompt-tokens N] [--flag value ...]
 
 Times the training step of CONFIG (./retrain.toml, else the embedded model) on completions of forced lengths, and sets it
 against what this device allows. No data and no reward is needed, and nothing is left on disk.
 
-  --steps N            steps to measure, after one to warm up (3)
+  --sweep              throughput against concurrency instead: steps at growing batch sizes, doublings from --min-batch-size
+                       to --max-batch-size or as far as memory goes, with the curve, its fit and the size to use
+  --out FILE           with --sweep: draw the curve into FILE.svg or FILE.html as well
+  --steps N            steps to measure, after one to warm up; with --sweep, of each size (3)
   --trace TEXT         lengths: lognormal:median=700,p95=2048,cap=4096,seed=0,scale=1 (the default, scaled to
                        training.max_tokens), flat:128, file:lengths.jsonl, or my_module:my_function of (draw, member)
   --prompt-tokens N    tokens of every prompt (128, less where the context is short)
@@ -34,8 +37,10 @@ Every setting of a run has its usual flag: retrain bench --batch-size 4 --device
 def bench(arguments: Sequence[str]) -> int:
     """The command ``bench``."""
     own, rest = own_flags(
-        "bench", arguments, values=("--steps", "--trace", "--prompt-tokens"), switches=("--json",)
+        "bench", arguments, values=("--steps", "--trace", "--prompt-tokens", "--out"), switches=("--json", "--sweep")
     )
+    if "--out" in own:
+        _check_out(own["--out"], sweeps="--sweep" in own)
     steps = whole_number(own.get("--steps", "3"), "--steps", least=1)
     prompt = (
         whole_number(own["--prompt-tokens"], "--prompt-tokens", least=1) if "--prompt-tokens" in own else 0
@@ -45,10 +50,13 @@ def bench(arguments: Sequence[str]) -> int:
         from retrain.config.squeezes import refuse
 
         refuse(loaded.config, "bench")
-        from retrain.bench import Settings, measure
+        from retrain.bench.step import Settings, measure
         from retrain.tracking.run_log import to_json
 
         settings = Settings(steps=steps, trace=own.get("--trace", ""), prompt_tokens=prompt)
+        if "--sweep" in own:
+            _sweep(loaded, settings, out, own)
+            return 0
         with at_once_on_interrupt():
             record = measure(loaded, settings, progress=_show)
         if "--json" in own:
@@ -56,6 +64,39 @@ def bench(arguments: Sequence[str]) -> int:
         else:
             out.line(report(record))
     return 0
+
+
+def _check_out(name: str, *, sweeps: bool) -> None:
+    """UsageError before anything is measured where the curve could not be written."""
+    if not sweeps:
+        raise UsageError("--out draws the curve of --sweep.", fix="add --sweep, or leave it out.")
+    path = Path(name)
+    if path.suffix not in (".svg", ".html", ".htm"):
+        raise UsageError(f"--out {name!r} is neither an SVG nor a page.", fix="end its name with .svg or .html.")
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise UsageError(f"--out {name!r} cannot be written.", fix="name a file in a folder that is there.")
+
+
+def _sweep(loaded: LoadedConfig, settings: Any, out: Any, own: Mapping[str, str]) -> None:
+    from retrain.bench import curve
+    from retrain.bench.sweep import sweep
+    from retrain.tracking.run_log import to_json
+
+    with at_once_on_interrupt():
+        record = sweep(loaded, settings, progress=_show)
+    if "--out" in own:
+        try:
+            curve.write(record, Path(own["--out"]))
+        except OSError as error:
+            raise UsageError(
+                f"--out {own['--out']!r} cannot be written: {error.strerror or error}.", fix="name another file."
+            ) from error
+    if "--json" in own:
+        out.record(to_json(record))
+        return
+    out.line(curve.report(record))
+    if "--out" in own:
+        out.line(f"\nWrote {own['--out']}")
 
 
 def _loaded(rest: Sequence[str]) -> LoadedConfig:

@@ -10,7 +10,7 @@ import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +21,12 @@ import numpy as np
 from retrain import plugins, preflight
 from retrain import trace as traces
 from retrain.algorithms import credit
+from retrain.bench.roof import DeviceRoof, roof_of
 from retrain.config.load import LoadedConfig
 from retrain.config.schema import Config
-from retrain.errors import ModelError, UsageError
-from retrain.protocols import Backend, Renderer, State
-from retrain.roofline import Floor, Peaks, Row, Shape, Work, decode, floor, learn, prefill
+from retrain.errors import UsageError
+from retrain.protocols import Backend, Renderer, Sizer, State
+from retrain.roofline import Floor, Row, Work, decode, floor, learn, prefill
 from retrain.tracking.rollouts import RolloutStore
 from retrain.tracking.run_log import RunLog
 from retrain.training.build import facts, sampling_of
@@ -135,17 +136,57 @@ def _timings(part: Any) -> dict[str, float]:
     return {str(k): float(v) for k, v in dict(getattr(part, "timings", None) or {}).items()}
 
 
-def measure(loaded: LoadedConfig, settings: Settings, *, progress: Progress) -> dict[str, Any]:
-    """Run the warm-up and the steps; a JSON-serialisable record. RetrainError as a run raises it."""
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A run's parts on a trace: what measures runs the loop on them and reads ``log``. ``policy`` and ``watch`` are None
+    where the learner is elsewhere."""
+
+    config: Config
+    parts: Parts
+    log: Any
+    policy: Any
+    watch: Any
+    trace: str
+    prompt_tokens: int
+
+    def run(self, stop: threading.Event | None = None) -> None:
+        """The loop, to its last step or until ``stop``."""
+        train(self.config, self.parts, stop or threading.Event())
+
+    def facts(self) -> dict[str, Any]:
+        """What a record says of what was measured and with what."""
+        training = self.config.training
+        return {
+            "model": self.config.model.model,
+            "weights": dict(self.parts.backend.facts()),
+            "settings": {
+                "trace": self.trace, "prompt_tokens": self.prompt_tokens, "group_size": training.group_size,
+                "max_tokens": training.max_tokens, "lora_rank": self.config.model.lora_rank,
+                "updates_per_batch": training.updates_per_batch,
+            },
+            "versions": facts(),
+        }  # fmt: skip
+
+
+def configured(loaded: LoadedConfig) -> Config:
+    """The configuration as it is measured, its plug-ins found."""
     config = _with(_anchored(loaded), "lora", init_from="")
     plugins.add_search_paths(loaded.search_paths)
     preflight.check_plugins(config)
+    return config
+
+
+@contextlib.contextmanager
+def opened(
+    config: Config, settings: Settings, *, steps: int, tasks: int, progress: Progress, sizer: Sizer | None = None
+) -> Generator[Bench]:
+    """Make the parts of a run of ``steps`` steps over ``tasks`` tasks in all, and close them at the end."""
     with ExitStack() as stack:
         renderer: Any = plugins.load("renderer", "chat")(
             config.model.model, revision=config.model.revision, template_args=config.data.template_args
         )
         trace, named = _trace(config, settings)
-        config, prompt_tokens = _sized(config, settings, renderer, trace)
+        config, prompt_tokens = _sized(config, settings, renderer, trace, steps, tasks)
         algorithm, schedule = credit.build(config, renderer), credit.build_schedule(config)
         events = EventLoop()
         stack.callback(events.close)
@@ -186,26 +227,36 @@ def measure(loaded: LoadedConfig, settings: Settings, *, progress: Progress) -> 
             checkpoints=_NoCheckpoints(folder, keep=1),
             log=cast(Any, log),
             events=events,
+            sizer=sizer,
         )
-        train(config, parts, threading.Event())
-        memory = watch.record() if watch is not None else None
-        roof = _roof(config, policy)
-        steps = log.steps[settings.warmup :]
+        yield Bench(config, parts, log, policy, watch, named, prompt_tokens)
+
+
+def measure(loaded: LoadedConfig, settings: Settings, *, progress: Progress) -> dict[str, Any]:
+    """Run the warm-up and the steps; a JSON-serialisable record. RetrainError as a run raises it."""
+    config = configured(loaded)
+    total = settings.warmup + settings.steps
+    tasks = total * config.training.batch_size
+    with opened(config, settings, steps=total, tasks=tasks, progress=progress) as bench:
+        bench.run()
+        memory = bench.watch.record() if bench.watch is not None else None
+        roof = roof_of(bench.config, bench.policy)
+        steps = bench.log.steps[settings.warmup :]
+        updates = bench.config.training.updates_per_batch
+        told = bench.facts()
         record = {
-            "model": config.model.model,
-            "weights": dict(backend.facts()),
+            "model": told["model"],
+            "weights": told["weights"],
             "settings": {
-                "steps": settings.steps, "warmup": settings.warmup, "trace": named, "prompt_tokens": prompt_tokens,
-                "batch_size": config.training.batch_size, "group_size": config.training.group_size,
-                "max_tokens": config.training.max_tokens, "lora_rank": config.model.lora_rank,
-                "updates_per_batch": config.training.updates_per_batch,
+                "steps": settings.steps, "warmup": settings.warmup, "batch_size": bench.config.training.batch_size,
+                **told["settings"],
             },
             "work": _work(steps),
-            **_times(steps, config.training.updates_per_batch),
+            **_times(steps, updates),
             "peaks": roof and roof.measured,
-            "roofline": roof and _against(steps, roof, config.training.updates_per_batch),
+            "roofline": roof and _against(steps, roof, updates),
             "memory": memory,
-            "versions": facts(),
+            "versions": told["versions"],
         }  # fmt: skip
         record["slowest"] = slowest(record)
         return record
@@ -235,12 +286,13 @@ def _trace(config: Config, settings: Settings) -> tuple[traces.Trace, str]:
     return traces.parse(text), text
 
 
-def _sized(config: Config, settings: Settings, renderer: Any, trace: traces.Trace) -> tuple[Config, int]:
+def _sized(
+    config: Config, settings: Settings, renderer: Any, trace: traces.Trace, total: int, tasks: int
+) -> tuple[Config, int]:
     """The configuration with the measurement's steps and lengths, and the tokens of a prompt; UsageError when these do not
     fit into the model's context."""
     training = config.training
-    total = settings.warmup + settings.steps
-    longest = traces.longest_of(trace, total * training.batch_size, training.group_size)
+    longest = traces.longest_of(trace, tasks, training.group_size)
     context = getattr(renderer, "context_length", None)
     prompt = settings.prompt_tokens or max(
         1, min(PROMPT_TOKENS, (context or 2 * PROMPT_TOKENS + longest) - longest)
@@ -277,47 +329,6 @@ def _shorter(settings: Settings, context: int, longest: int) -> str:
 def _vocabulary(renderer: Renderer, policy: Any) -> int:
     size = int(getattr(renderer, "vocab_size", 0))
     return min(size or 256, int(policy.model.config.vocab_size)) if policy is not None else size or 256
-
-
-@dataclass(frozen=True, slots=True)
-class _Roof:
-    shape: Shape
-    peaks: Peaks
-    itemsize: int
-    kv_itemsize: float
-    adapter: int
-    sampled_adapter: int
-    """Weights of the adapter that sampling reads apart from the model's; 0 where it is merged."""
-    measured: dict[str, float]
-
-
-def _roof(config: Config, policy: Any) -> _Roof | None:
-    """The device's peaks for this model; None where the learner is elsewhere or the model is not counted (mixtures,
-    4-bit weights)."""
-    if policy is None or config.model.quantization:
-        return None
-    from retrain import peaks
-
-    try:
-        shape = Shape.of(policy.model.config)
-    except ModelError:
-        return None
-    itemsize = int(policy.dtype.itemsize)
-    size = (shape.block_weights + shape.head_weights) * itemsize
-    roof, measured = peaks.measure(policy.device, policy.dtype, size)
-    adapter = int(policy.trainable)
-    # In bf16 a merge would round small updates away. A CPU without units for it merges into float32 copies; one with
-    # them is given the lower floor.
-    merged = itemsize == 4 or policy.device.type == "cpu"
-    eight_bit = config.inference.kv_cache_dtype == "fp8"
-    return _Roof(
-        shape, roof, itemsize, kv_itemsize(shape, itemsize, eight_bit=eight_bit), adapter, 0 if merged else adapter, measured
-    )  # fmt: skip
-
-
-def kv_itemsize(shape: Shape, itemsize: int, *, eight_bit: bool) -> float:
-    """Bytes per number of keys and values: with eight bits one, and a float32 scale for every token and head."""
-    return 1 + 4 / shape.head_dim if eight_bit else itemsize
 
 
 def _work(steps: Sequence[_Step]) -> dict[str, float]:
@@ -403,7 +414,7 @@ def _rate(count: float, seconds: float | None) -> float | None:
     return count / seconds if seconds else None
 
 
-def _against(steps: Sequence[_Step], roof: _Roof, updates: int) -> dict[str, Any]:
+def _against(steps: Sequence[_Step], roof: DeviceRoof, updates: int) -> dict[str, Any]:
     """Each phase's floor over all steps, and the share of it that was reached."""
     shape, itemsize, adapter = roof.shape, roof.itemsize, roof.adapter
     sampling: Any = {"kv_itemsize": roof.kv_itemsize, "adapter": roof.sampled_adapter}
