@@ -29,7 +29,6 @@ _PLACES = {
     **dict.fromkeys(("plugins.search_paths", "model.model", "squeeze.adapter_path", "squeeze.output_path"), FOLDERS),
     **dict.fromkeys(("data.path", "eval.path"), FILES),
 }
-_UNBUILT = ("backpressure",)
 _ASKED = {
     "init": CONFIGS, "explain": CONFIGS, "trace": CONFIGS, "doctor": CONFIGS, "bench": CONFIGS, RUN: CONFIGS,
     "resume-check": FOLDERS, "status": FOLDERS, "top": FOLDERS, "report": FOLDERS, "why": FOLDERS, "replay": FOLDERS,
@@ -136,7 +135,6 @@ def setting_flags() -> list[Flag]:
             tuple(flags_of(key)[1:]),
         )
         for key, setting in settings().items()
-        if setting.section not in _UNBUILT
     ]
 
 

@@ -29,7 +29,6 @@ _TABLES: Mapping[str, type[Section]] = {
     "reward.parts": PartTable,
 }
 _IN_TABLES = {"source": "source", "reward": "reward", "type": "reward"}
-_LATER = ("backpressure",)
 _KEPT = (
     "type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "minItems", "items",
     "properties", "required", "additionalProperties", "anyOf", "default",
@@ -41,8 +40,6 @@ def json_schema() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, model in sections().items():
         found[name] = _section(name, model)
-        if name in _LATER:
-            found[name]["description"] = "Not in this version. " + found[name]["description"]
     return {
         "$schema": DRAFT,
         "title": TITLE,

@@ -119,12 +119,10 @@ _ELSEWHERE = {
 }
 """What other trainers call our settings."""
 
-_UNBUILT = ("backpressure",)
-
 
 def _unknown(flag: str) -> str:
-    built = [s for s in settings().values() if s.key.partition(".")[0] not in _UNBUILT]
-    known = [*(f for f, key in flags().items() if key.partition(".")[0] not in _UNBUILT), *SWITCHES]
+    built = list(settings().values())
+    known = [*flags(), *SWITCHES]
     dashed = flag.replace("_", "-")
     if (usual := _ELSEWHERE.get(dashed.removeprefix("--"))) is not None:
         return f"{flag} is not a flag. Fix: here it is called {usual}."
