@@ -288,7 +288,7 @@ def test_a_toml_with_squeeze_alone_is_a_squeeze(
         ),
         (
             '[squeeze]\nadapter_path = "run"\n[campaign]\n',
-            r"\[squeeze\] beside \[campaign\] is not in this version",
+            r"squeeze.adapter_path does nothing in a campaign",
         ),
         (
             '[squeeze]\nadapter_path = "run"\nsource_rank = 8\n',

@@ -167,7 +167,7 @@ def start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
 
 def command(job: Job) -> list[str]:
     """What runs a job."""
-    return [sys.executable, "-u", "-m", "retrain.campaign.child", str(job.config), str(job.directory)]
+    return [sys.executable, "-P", "-u", "-m", "retrain.campaign.child", str(job.config), str(job.directory)]
 
 
 def limits(threads: int) -> dict[str, str]:

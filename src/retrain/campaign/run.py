@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from retrain import cards
-from retrain.campaign import forecast, manifest, outcomes, plan, table, tune
+from retrain.campaign import forecast, manifest, outcomes, plan, rank, table, tune
 from retrain.campaign.launchers import Ended, Job, Launcher, Processes
 from retrain.campaign.manifest import Manifest
 from retrain.campaign.plan import Plan, PlannedRun
@@ -70,7 +70,7 @@ def execute(
     told = forecast.forecast(planned)
     forecast.refuse_unfit(planned, told)
     declared = plan.declare(planned, directory.name, threads=told.threads, tune=tune.declared(planned))
-    directory.mkdir(parents=True)
+    _make(directory)
     with _locked(directory), _logging(directory):
         for line in (*planned.announcements, *forecast.lines(told, loaded.config)):
             log.info(line)
@@ -91,6 +91,15 @@ def _new_directory(root: Path) -> Path:
         number += 1
         directory = root / f"campaign_{stamp}-{number}"
     return directory
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{directory}: another campaign began there in the same second.", fix="start this one again."
+        ) from error
 
 
 def _stored(config: Config) -> Config:
@@ -138,7 +147,7 @@ def _run(
         known = _choose(directory, planned, known, plain=plain, stop=stop)
         planned = plan.plan(planned.loaded, name=directory.name, seeds=known.seeds, chosen=known.chosen)
     if not stop.is_set():
-        run_all(directory / layout.CAMPAIGN_RUNS, planned.runs, planned, known, plain=plain, stop=stop)
+        known = _train(directory, planned, known, plain=plain, stop=stop)
     counts = outcomes.counts(outcomes.gather(directory, known))
     status: Literal["done", "interrupted", "failed"] = "done"
     if stop.is_set() and set(counts) != {"done"}:
@@ -146,6 +155,28 @@ def _run(
     elif set(counts) != {"done"}:
         status = "failed"
     return CampaignResult(status, directory, counts)
+
+
+def _train(directory: Path, planned: Plan, known: Manifest, *, plain: bool, stop: threading.Event) -> Manifest:
+    """The campaign's own runs; with [squeeze] also the rank analysis of the first that is done."""
+    root, settings = directory / layout.CAMPAIGN_RUNS, planned.loaded.config.squeeze
+    analysis = None
+    if settings is not None and known.squeeze is None:
+        analysis = rank.Analysis(directory, settings, known.declared.threads)
+        for run in planned.runs:
+            if is_done(root / run.name, run.config.training.max_steps):
+                analysis.begin(root / run.name)
+    try:
+        run_all(root, planned.runs, planned, known, plain=plain, stop=stop, analysis=analysis)
+        if analysis is not None:
+            analysis.poll(wait=not stop.is_set())
+    finally:
+        if analysis is not None:
+            analysis.stop()
+    if analysis is not None and analysis.found is not None:
+        known = replace(known, squeeze=analysis.found)
+        manifest.write(directory, known)
+    return known
 
 
 def _choose(
@@ -170,9 +201,17 @@ def _choose(
 
 
 def run_all(
-    root: Path, runs: Sequence[PlannedRun], planned: Plan, known: Manifest, *, plain: bool, stop: threading.Event
+    root: Path,
+    runs: Sequence[PlannedRun],
+    planned: Plan,
+    known: Manifest,
+    *,
+    plain: bool,
+    stop: threading.Event,
+    analysis: rank.Analysis | None = None,
 ) -> None:
-    """Bring every run below ``root`` that is not done to its end, resuming what was begun."""
+    """Bring every run below ``root`` that is not done to its end, resuming what was begun. The first that is done is what
+    ``analysis`` is of."""
     todo = [run for run in runs if not is_done(root / run.name, run.config.training.max_steps)]
     finished = len(runs) - len(todo)
     if finished:
@@ -185,10 +224,19 @@ def run_all(
     waiting = {run.name for run in todo}
     launcher = _launcher(root.parent, planned, known)
     shown = table.view(root, runs, [run.name for run in runs if run.name not in waiting], plain=plain)
+
+    def ended(end: Ended) -> None:
+        _note(root.parent, end, shown)
+        if end.code == 0 and analysis is not None:
+            analysis.begin(end.job.directory)
+
+    def tick() -> None:
+        shown.tick()
+        if analysis is not None:
+            analysis.poll()
+
     try:
-        launcher.run(
-            jobs, stop=stop, begun=shown.begun, ended=lambda end: _note(root.parent, end, shown), tick=shown.tick
-        )
+        launcher.run(jobs, stop=stop, begun=shown.begun, ended=ended, tick=tick)
     finally:
         shown.close()
 

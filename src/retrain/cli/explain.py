@@ -99,7 +99,7 @@ def explain(arguments: Sequence[str]) -> int:
 
 def _loaded(rest: Sequence[str], template: str) -> tuple[LoadedConfig, CommandLine, str]:
     from retrain.cli import dotenv
-    from retrain.config import templates
+    from retrain.config import squeezes, templates
     from retrain.config.load import load
     from retrain.config.options import parse
     from retrain.tracking import layout
@@ -124,7 +124,9 @@ def _loaded(rest: Sequence[str], template: str) -> tuple[LoadedConfig, CommandLi
             "no configuration: there is no retrain.toml here and none was named.",
             fix="retrain explain CONFIG, or retrain explain --template tiny.",
         )
-    return load(source, line.overrides), line, str(source)
+    loaded = load(source, line.overrides)
+    squeezes.refuse(loaded.config, "explain")
+    return loaded, line, str(source)
 
 
 def _as_run(loaded: LoadedConfig) -> LoadedConfig:

@@ -36,9 +36,12 @@ def check(config: Config) -> Iterator[Problem]:
     if config.squeeze is None:
         return
     if config.campaign is not None:
-        yield Problem(
-            ("squeeze",), "[squeeze] beside [campaign] is not in this version.", "remove the section.", later=True
-        )
+        if config.squeeze.adapter_path:
+            yield Problem(
+                ("squeeze", "adapter_path"),
+                "squeeze.adapter_path does nothing in a campaign: the first run that is done is analysed.",
+                "leave it out.",
+            )
     elif not is_squeeze(config):
         fix = "remove it, and squeeze the run when it is done: retrain squeeze RUN."
         if config.squeeze.model_fields_set == {"device"}:
