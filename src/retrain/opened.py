@@ -40,7 +40,8 @@ when everything is loaded, with 0, the number of tasks, and 0."""
 
 EVAL_KEYS = (
     "eval.source", "eval.path", "eval.split", "eval.levels", "eval.examples", "eval.skip", "eval.samples", "eval.temperature",
-    "eval.seed", "eval.suites", "data.", "reward.", "model.model", "model.revision", "model.quantization", "backend.devices", "inference.",
+    "eval.seed", "eval.suites", "data.", "reward.", "model.model", "model.revision", "model.quantization", "backend.devices",
+    "inference.",
     "plugins.", "environment.", "training.max_tokens", "training.top_p", "training.temperature", "training.stop",
     "training.deterministic",
 )  # fmt: skip

@@ -172,7 +172,7 @@ def _shared(loaded: LoadedConfig) -> tuple[dict[str, Any], dict[KeyPath, Origin]
     """What all conditions share, as it was written, and where."""
     config = loaded.config.model_copy(update={"campaign": None})
     dump: dict[str, Any] = config.model_dump(exclude_unset=True, by_alias=True)
-    for section in ("campaign", "resume"):
+    for section in ("campaign", "resume", "squeeze"):
         dump.pop(section, None)
     decided = {"training.seed", "training.max_steps", "logging.wandb_run_name", "logging.wandb_group"}
     base: dict[str, Any] = {}
