@@ -167,7 +167,8 @@ def header(progress: Progress) -> list[str]:
     if ended < runs:
         lines.append(f"  no verdict is read before {seeds} seeds of every condition are done ({ended} of {runs} runs are)")
     else:
-        lines.append(f"  all runs of the declared seeds have ended: retrain report {shlex.quote(str(progress.directory))} has the verdicts")
+        place = shlex.quote(str(progress.directory))
+        lines.append(f"  all runs of the declared seeds have ended: retrain report {place} has the verdicts")
     if progress.trials:
         lines.append(f"  trials: {', '.join(f'{n} {state}' for state, n in sorted(progress.trials.items()))}")
     return lines
