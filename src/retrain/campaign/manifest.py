@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from retrain.config.fields import settings
+from retrain.config.schema import Config
 from retrain.errors import ResumeError
 from retrain.tracking import layout
 
@@ -29,7 +31,8 @@ class Declared:
     the last 20 % of steps is compared: "eval/accuracy", or "correct_rate" (of training) without held-out tasks.
     ``evaluation`` names the held-out tasks with ``digest``. ``looks`` are numbers of seeds, the last all of ``seeds``;
     each is judged at ``alpha / len(looks)``. ``threads`` of every run: results are byte-equal for one number only.
-    ``tune`` is None, or field, values, seeds, max_steps and the digest of the tasks that trials choose on.
+    ``tune`` is None, or field, values, seeds, max_steps and the digest of the tasks that trials choose on. ``settings`` maps
+    a label to the ``settings_digest`` of its runs, without what is tuned; empty in manifests that older versions wrote.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Declared:
     threads: int
     tune: Mapping[str, Any] | None
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    settings: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +72,53 @@ class Manifest:
 
 def digest(declared: Declared) -> str:
     """Digest of what was declared."""
-    text = json.dumps(asdict(declared), sort_keys=True, ensure_ascii=False)
+    record = asdict(declared)
+    if not declared.settings:
+        # As versions that declared no settings wrote it.
+        del record["settings"]
+    return _hashed(record)
+
+
+def _hashed(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def settings_digest(config: Config, tuned: str = "") -> str:
+    """Digest of everything in a run's configuration that changes what a step computes: equal for the runs of one condition,
+    on any machine. Left out are seeds, folders, names at trackers, what any resume may change, and the dotted key ``tuned``.
+    Defaults do not count, so that a setting which a later version adds changes nothing. ``max_steps`` does count."""
+    from retrain.preflight import NEUTRAL_ON_RESUME
+
+    neutral = tuple(key for key in NEUTRAL_ON_RESUME if key != "training.max_steps")
+    dump = config.model_dump(by_alias=True, mode="json", exclude={"campaign", "squeeze", "resume"})
+    told: dict[str, Any] = {}
+    for key, setting in settings().items():
+        section, _, name = key.partition(".")
+        if section not in dump or key in ("training.seed", tuned) or key.startswith(neutral):
+            continue
+        value = dump[section][name]
+        if value is not None and value != _plain(setting.default):
+            told[key] = _portable(key, value)
+    return _hashed(told)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it."""
+    return [_plain(each) for each in cast("Sequence[Any]", value)] if isinstance(value, list | tuple) else value
+
+
+_PATHS = ("data.path", "eval.path", "lora.init_from", "model.model", "planning.model", "path")
+
+
+def _portable(key: str, value: Any) -> Any:
+    """A value with absolute paths reduced to their names: a campaign may be carried to another machine."""
+    if isinstance(value, list):
+        return [_portable("", each) for each in cast("list[Any]", value)]
+    if isinstance(value, Mapping):
+        return {each: _portable(each, inner) for each, inner in cast("Mapping[str, Any]", value).items()}
+    is_path = key in _PATHS and isinstance(value, str) and Path(value).is_absolute()
+    return Path(value).name if is_path else value
 
 
 def write(directory: Path, manifest: Manifest) -> None:
