@@ -249,7 +249,7 @@ def test_other_metrics_have_welch_intervals_and_no_verdict(full, told):
     values = {}
     for label in ("maxrl+none", "grpo+none"):
         runs = [(full / f"runs/{label}_s{seed}/metrics.jsonl").read_text().splitlines() for seed in SEEDS]
-        late = [[r["entropy_mean"] for r in map(json.loads, run) if "batch_size" in r and r["step"] >= 31] for run in runs]
+        late = [[r["entropy_mean"] for r in map(json.loads, run) if "batch_size" in r and r["step"] >= 32] for run in runs]
         values[label] = [np.mean(v) for v in late]
     expected = stats.ttest_ind(*values.values(), equal_var=False).confidence_interval(0.95)
     found = rows["entropy_mean", "maxrl+none"]
@@ -369,7 +369,7 @@ def test_long_runs_are_sampled_and_their_last_fifth_is_read_whole(tmp_path):
     campaign = write_campaign(tmp_path / "c", design, every=1000)
     run = findings.gather(campaign).outcomes[0]
     rows = [json.loads(line) for line in (Path(run.path) / "metrics.jsonl").read_text().splitlines()]
-    late = [r["correct_rate"] for r in rows if "batch_size" in r and r["step"] + 1 >= 4800]
+    late = [r["correct_rate"] for r in rows if "batch_size" in r and r["step"] + 1 > 4800]
     found = reading.read(run, design)
     assert found.late["correct_rate"] == pytest.approx(np.mean(late), rel=1e-12)
     rates = np.array([r["correct_rate"] for r in rows if "batch_size" in r])

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from retrain.campaign import manifest, words
-from retrain.campaign.findings import Findings, runs_of
+from retrain.campaign.cautions import runs_of
+from retrain.campaign.findings import Findings
 from retrain.campaign.outcomes import RunOutcome, counts
 from retrain.report.content import Table, flat
 from retrain.report.figures import number

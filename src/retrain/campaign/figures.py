@@ -76,6 +76,12 @@ def band(values: Matrix, alpha: float = 0.05) -> tuple[Matrix, Matrix, Matrix, M
     return mean, mean - half, mean + half, count.astype(np.float64)
 
 
+def shown_share(low: Any, high: Any) -> tuple[Any, Any]:
+    """Ends of the interval of a share, numbers or arrays, as they are shown: cut to 0..1, beyond which no share lies. The
+    tests use the uncut ones. NaN stays."""
+    return np.clip(low, 0.0, 1.0), np.clip(high, 0.0, 1.0)
+
+
 def curves(metric: Curves, drawn: Mapping[str, Look], *, seeds: bool, share: bool, marks: bool, note: str) -> Plot | None:
     """Means over seeds with 95 % t intervals, one colour a condition; ``seeds`` adds every run, hidden until the legend's
     "each seed" is clicked. None where no run has a value, or all have the same."""
@@ -90,6 +96,8 @@ def curves(metric: Curves, drawn: Mapping[str, Look], *, seeds: bool, share: boo
         if not len(values) or np.isnan(values).all():
             continue
         mean, low, high, count = band(values)
+        if share:
+            low, high = shown_share(low, high)
         at = ~np.isnan(mean)
         x = metric.steps[at]
         inner = at & ~np.isnan(low)
@@ -213,7 +221,8 @@ def strip(
                     )
                 )  # fmt: skip
         if not math.isnan(arm.mean):
-            low, high = (arm.mean if math.isnan(v) else v for v in (arm.low, arm.high))
+            shown = shown_share(arm.low, arm.high)
+            low, high = (arm.mean if math.isnan(v) else float(v) for v in shown)
             figure.add_trace(
                 _go.Scatter(
                     x=rounded([100 * arm.mean]), y=[y - 0.14], mode="markers", showlegend=False, name=named(arm.label),
@@ -225,7 +234,7 @@ def strip(
                     hovertemplate="mean %{x:.2f} %",
                 )
             )  # fmt: skip
-            spread = _spread(arm.low, arm.high, True)
+            spread = _spread(*shown, True)
             _above(figure, y, f"<b>{named(arm.label)}</b>{'<br>' if long else ': '}{arm.mean:.1%} ({spread})")
         else:
             _above(figure, y, f"<b>{named(arm.label)}</b>: no value")

@@ -6,15 +6,14 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from retrain.campaign import manifest, outcomes, procedure, reading, tune
+from retrain.campaign import cautions, manifest, outcomes, procedure, reading, tune
 from retrain.campaign.manifest import Declared, Manifest
 from retrain.campaign.outcomes import RunOutcome
 from retrain.campaign.reading import Reading
@@ -22,18 +21,6 @@ from retrain.campaign.statistics import Analysis, Design, Reach, analyse, reach
 from retrain.tracking import layout
 from retrain.tracking.read import find_runs, lines
 from retrain.tracking.vitals import number
-
-_SAME = {
-    "retrain": "versions of retrain", "code": "states of the code", "plugins": "states of plug-ins",
-    "reward_code": "states of the reward's code",
-    "torch": "versions of torch", "transformers": "versions of transformers", "peft": "versions of peft",
-    "device": "devices", "threads": "numbers of threads", "dtype": "number types", "machine": "machines",
-    "weights": "weights of the model",
-}  # fmt: skip
-"""What ought to be the same in all runs, as run.json names it, and in words."""
-_MAY_BE_SET = {"dtype": "model.", "weights": "model.", "reward_code": "reward.", "device": "backend.", "plugins": ""}
-"""Of these what a condition may set itself: the settings that would change it."""
-EVALUATION_TASKS = "eval_tasks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +134,7 @@ def gather(directory: Path) -> Findings:
         processes=_processes(directory / layout.CAMPAIGN_PROCESSES),
         trials=tuple(_trials(directory / layout.CAMPAIGN_TRIALS)),
         tried=tune.trials(directory, found) if (declared.tune or {}).get("evaluation") is not None else (),
-        warnings=(*_warnings(directory, found, runs, readings), *analysis.warnings * bool(analysis.look)),
+        warnings=(*cautions.warnings(directory, found, runs, readings), *analysis.warnings * bool(analysis.look)),
     )
 
 
@@ -169,85 +156,15 @@ def _analyse(
         looks=len(declared.looks),
         at=tuple(declared.looks),
     )
-    return analyse(values, baseline=declared.baseline, design=design, exploratory=exploratory, evaluation=variances)
-
-
-def _warnings(
-    directory: Path, found: Manifest, runs: Sequence[RunOutcome], readings: Mapping[str, Reading]
-) -> list[str]:
-    declared = found.declared
-    said: list[str] = []
-    if found.added:
-        said.append(
-            f"Seeds {', '.join(map(str, found.added))} were added to the {len(declared.seeds)} declared ones: whatever uses "
-            "them is exploratory. The declared verdicts use the declared seeds alone."
-        )
-    planned = {run.name for run in runs}
-    strange = sorted(
-        path.name
-        for path in _folders(directory / layout.CAMPAIGN_RUNS)
-        if path.name not in planned and layout.holds_run(path)
+    found = analyse(values, baseline=declared.baseline, design=design, exploratory=exploratory, evaluation=variances)
+    if not found.look and not exploratory:
+        return found
+    used = [run for run in runs if run.seed in found.seeds]
+    told = tuple(
+        replace(each, text=" ".join(filter(None, (each.text, cautions.broken(used, (each.label, each.baseline))))))
+        for each in found.comparisons
     )
-    if strange:
-        said.append(
-            f"{_names(strange)} in {layout.CAMPAIGN_RUNS}/ belong to no declared condition and seed: they count nowhere."
-        )
-    said += _tasks(declared, readings)
-    sets = {key for settings in declared.conditions.values() for key in settings}
-    for key, words in _SAME.items():
-        of_runs = {name: reading.facts.get(key, "") for name, reading in readings.items()}
-        counted = Counter(value for value in of_runs.values() if value)
-        own = key in _MAY_BE_SET and any(s.startswith(_MAY_BE_SET[key] or s) for s in sets)
-        if len(counted) > 1 and not own:
-            told = "; ".join(f"{_value(v)} ({runs_of(n)})" for v, n in counted.most_common(4))
-            said.append(
-                f"The runs used {len(counted)} different {words}: {told}. A difference between conditions may be theirs."
-            )
-        declaring = declared.versions.get(key, "")
-        if len(counted) == 1 and not own and declaring and declaring not in counted:
-            said.append(
-                f"The runs used other {words} than the design was declared with: {_value(next(iter(counted)))}, declared "
-                f"{_value(declaring)}."
-            )
-    threads = Counter(reading.facts.get("threads", "") for reading in readings.values())
-    others = {value for value in threads if value and value != str(declared.threads)}
-    if len(threads) == 1 and others:
-        said.append(
-            f"The runs used {others.pop()} threads, and {declared.threads} were declared: they repeat byte for byte only with "
-            "the number that they used."
-        )
-    return said
-
-
-def _tasks(declared: Declared, readings: Mapping[str, Reading]) -> list[str]:
-    known = {name: tasks for name, reading in readings.items() if (tasks := reading.facts.get(EVALUATION_TASKS))}
-    wanted = str(declared.evaluation.get("digest") or "")
-    said: list[str] = []
-    if len(set(known.values())) > 1:
-        said.append(
-            f"The runs were not evaluated on the same tasks: {len(set(known.values()))} different sets by digest. Their outcomes "
-            "cannot be compared."
-        )
-    other = sorted(name for name, tasks in known.items() if wanted and tasks != wanted)
-    if other:
-        said.append(
-            f"{_names(other)}: evaluated on other tasks than the manifest declares (digest {_value(wanted)}). Their outcomes are "
-            "not what was declared."
-        )
-    return said
-
-
-def runs_of(count: int) -> str:
-    """``1 run``, ``2 runs``."""
-    return f"{count:,} run{'' if count == 1 else 's'}"
-
-
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _value(text: str) -> str:
-    return f"{text[:16]}..." if len(text) > 40 else text
+    return replace(found, comparisons=told)
 
 
 def metrics(findings: Findings) -> list[Metric]:
@@ -441,11 +358,3 @@ def _trials(root: Path) -> list[Trial]:
         known = [v for row in run.evaluations if (v := number(row, "eval/accuracy")) is not None]
         made.append(Trial(run.path.relative_to(root).as_posix(), run.state, known[-1] if known else None))
     return made
-
-
-def _folders(root: Path) -> list[Path]:
-    try:
-        return [path for path in root.iterdir() if path.is_dir()]
-    except OSError:
-        return []
-

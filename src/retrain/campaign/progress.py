@@ -16,7 +16,7 @@ from retrain.campaign import manifest, outcomes
 from retrain.campaign.manifest import Declared, Manifest
 from retrain.campaign.outcomes import run_name
 from retrain.tracking import layout
-from retrain.tracking.read import RunRecord, find_runs, lines
+from retrain.tracking.read import RunRecord, find_runs
 from retrain.tracking.summary import Summary, duration, recent, summarize
 from retrain.tracking.vitals import number
 
@@ -106,7 +106,7 @@ class Progress:
 def look(directory: Path) -> Progress:
     """The campaign in ``directory``; ResumeError where its manifest is missing or was changed."""
     found = manifest.read(directory)
-    why = {str(row.get("name")): str(row.get("why") or "") for row in lines(directory / layout.CAMPAIGN_PROCESSES)}
+    ended = outcomes.processes(directory)
     cells: list[Cell] = []
     summaries: dict[str, Summary] = {}
     for seed in found.seeds:
@@ -116,21 +116,25 @@ def look(directory: Path) -> Progress:
             begun = layout.holds_run(run.path) or run.is_starting
             if begun and run.state in _GOING:
                 summaries[name] = summarize(run)
-            cells.append(_cell(run, begun, label, seed, found.declared, summaries.get(name), why.get(name, "")))
+            cells.append(_cell(run, begun, label, seed, found.declared, summaries.get(name), ended.get(name, ())))
     root = directory / layout.CAMPAIGN_TRIALS
     trials = Counter[str](run.state for run in (find_runs(root) if root.is_dir() else []))
     return Progress(directory, found, tuple(cells), summaries, trials)
 
 
 def _cell(
-    run: RunRecord, begun: bool, label: str, seed: int, declared: Declared, summary: Summary | None, why: str
+    run: RunRecord, begun: bool, label: str, seed: int, declared: Declared, summary: Summary | None, ended: outcomes.Ends
 ) -> Cell:
-    name = run_name(label, seed)
-    if not begun:
-        return Cell(name, label, seed, "waiting", 0, None, None, None, why)
+    name, why = run_name(label, seed), str(ended[-1].get("why") or "") if ended else ""
     if summary is not None:
         value = summary.correct if declared.outcome != "eval/accuracy" else _accuracy(summary.evaluation)
         return Cell(name, label, seed, summary.state, summary.step, value, summary.left_s, summary.lasted_s, "")
+    step, spent = int(number(run.facts, "step") or 0), number(run.facts, "spent_s")
+    is_done = begun and run.state == "done" and step == declared.max_steps
+    # Only runs that have stopped are read whole: whether they count, and why they stopped, is the report's to say.
+    found = None if is_done else outcomes.outcome(run.path, label, seed, declared, ended)
+    if found is not None and (not begun or found.state == "failed" or found.misfit):
+        return Cell(name, label, seed, found.state, step, found.value, None, spent, found.error or why)
     if declared.outcome != "eval/accuracy":
         value = recent([row for row in run.tail() if "batch_size" in row], declared.outcome)
     else:
@@ -139,11 +143,7 @@ def _cell(
         if value is None:
             known = [number(row, declared.outcome) for row in run.tail()]
             value = next((v for v in reversed(known) if v is not None), None)
-    if run.state == "failed":
-        # Only these are read whole.
-        why = outcomes.outcome(run.path, label, seed, declared).error or why
-    step, spent = number(run.facts, "step"), number(run.facts, "spent_s")
-    return Cell(name, label, seed, run.state, int(step or 0), value, None, spent, why if run.state in _STOPPED else "")
+    return Cell(name, label, seed, run.state, step, value, None, spent, why if run.state in _STOPPED else "")
 
 
 def _accuracy(evaluation: Mapping[str, Any] | None) -> float | None:

@@ -17,7 +17,8 @@ class Reach:
     """One condition's runs. ``reached`` of ``n`` crossed the threshold by ``horizon`` steps.
 
     ``mean`` is the restricted mean: steps to the threshold, a run that needs more than ``horizon`` counting ``horizon``;
-    ``low`` and ``high`` its t interval, which without censoring before the horizon is that of the plain mean. ``median`` is
+    ``low`` and ``high`` its t interval, which without censoring before the horizon is that of the plain mean, cut to
+    0..``horizon``: no true mean lies beyond. ``median`` is
     Kaplan and Meier's, None where fewer than half reached. ``broke_off`` runs were lost before the horizon without it.
     NaN where there are too few runs.
     """
@@ -64,9 +65,8 @@ def reach(reached: Sequence[int | None], ended: Sequence[int], horizon: int, alp
     # Greenwood's sum divides by n where an unbiased variance divides by n - 1.
     error = math.sqrt(square * n / (n - 1)) if n >= 2 else math.nan
     half = float(t_critical(alpha / 2, float(n - 1))) * error if n >= 2 else math.nan
-    return Reach(
-        n, sum(event for _, event in pairs), broke_off, horizon, median, mean, error, mean - half, mean + half
-    )
+    low, high = (min(max(end, 0.0), float(horizon)) for end in (mean - half, mean + half))
+    return Reach(n, sum(event for _, event in pairs), broke_off, horizon, median, mean, error, low, high)
 
 
 def reach_difference(a: Reach, b: Reach, alpha: float = 0.05) -> tuple[float, float, float]:

@@ -79,12 +79,14 @@ def read(outcome: RunOutcome, declared: Declared) -> Reading:
     steps = np.array(done)
     known = {name: np.array(column) for name, column in columns.items()}
     broke_off = outcome.state == "failed"
-    last = steps >= late_from if not broke_off else steps > (1 - LAST_SHARE) * (steps[-1] if len(steps) else 0)
+    # As for the outcome: nothing beyond the declared steps counts, and of ten steps the last fifth are two.
+    until = min(most, steps[-1]) if len(steps) and broke_off else most
+    last = (steps > (1 - LAST_SHARE) * until) & (steps <= most)
     facts: Any = RunRecord(path).facts.get("facts")
     return Reading(
         curves={name: on_grid(steps, values, most, hold=broke_off) for name, values in known.items()},
         late={name: mean for name, values in known.items() if not math.isnan(mean := _mean(values[last]))},
-        evaluated=_evaluated(evaluations, late_from, broke_off=broke_off),
+        evaluated=_evaluated(evaluations, late_from, most, broke_off=broke_off),
         facts={str(k): str(v) for k, v in cast("dict[Any, Any]", facts).items()} if isinstance(facts, dict) else {},
     )
 
@@ -129,10 +131,11 @@ def _rows(path: Path, each: int, late_from: int) -> Iterable[tuple[int | None, d
                 yield (None if is_evaluation(found) else index), found
 
 
-def _evaluated(rows: list[dict[str, Any]], late_from: float, *, broke_off: bool) -> dict[str, float]:
+def _evaluated(rows: list[dict[str, Any]], late_from: float, most: int, *, broke_off: bool) -> dict[str, float]:
     """Means of what evaluations say, over those that count for the primary outcome."""
+    rows = [row for row in rows if (at := number(row, "step")) is not None and at <= most]
     counted = [row for row in rows if (number(row, "step") or 0) >= late_from]
-    if broke_off or not counted:
+    if broke_off:
         counted = rows[-1:]
     names = dict.fromkeys(
         key for row in counted for key in row if key.startswith("eval/") and not key.endswith(_NO_RESULT)

@@ -9,7 +9,7 @@ import numpy as np
 
 from retrain.campaign import findings as found
 from retrain.campaign import manifest
-from retrain.campaign.figures import Curves, band
+from retrain.campaign.figures import Curves, band, shown_share
 from retrain.campaign.findings import Findings
 from retrain.campaign.outcomes import counts
 from retrain.campaign.statistics import Analysis, Verdict
@@ -178,7 +178,8 @@ def metrics(campaign: Findings) -> Table:
     for each in found.metrics(campaign):
         share = each.unit == "share"
         unit = f", {each.unit}" if each.unit and not share else ""
-        middle = "n/a" if math.isnan(each.low + each.high) else " to ".join(number(v, share=share) for v in (each.low, each.high))
+        ends = shown_share(each.low, each.high) if share else (each.low, each.high)
+        middle = "n/a" if math.isnan(sum(ends)) else " to ".join(number(v, share=share) for v in ends)
         rows.append((
             each.title + unit, each.condition, str(each.n), number(each.mean, share=share), middle,
             *_change(each.difference, each.difference_low, each.difference_high, share=share),
@@ -262,7 +263,9 @@ def sparks(metric: Curves, share: bool) -> Table:
         known = np.flatnonzero(~np.isnan(mean))
         last = int(known[-1])
         text = [number(float(mean[i]), share=share) for i in (known[0], last)]
-        ends = (float(low[last]), float(high[last]))
+        ends = float(low[last]), float(high[last])
+        if share:
+            ends = shown_share(*ends)
         spread = "n/a" if math.isnan(sum(ends)) else " to ".join(number(v, share=share) for v in ends)
         rows.append((label, *text, spread, spark(mean)))
     columns = ("Condition", "First", "Last", "95 % interval", "Over the steps")
@@ -284,6 +287,7 @@ def _share(value: float) -> str:
 
 
 def _interval(low: float, high: float) -> str:
+    low, high = shown_share(low, high)
     return "n/a" if math.isnan(low + high) else f"{low:.1%} to {high:.1%}"
 
 
