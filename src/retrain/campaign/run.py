@@ -285,6 +285,7 @@ def _note(directory: Path, end: Ended, shown: table.View) -> None:
     record: dict[str, Any] = {
         "name": end.job.name, "code": end.code, "seconds": round(end.seconds, 3), "cpu_s": end.cpu_s,
         "peak_bytes": end.peak_bytes, "time": time.time(), "why": end.why, "host": end.host or platform.node(),
+        "step": RunRecord(end.job.directory).facts.get("step", 0),
     }  # fmt: skip
     path = directory / layout.CAMPAIGN_PROCESSES
     try:
