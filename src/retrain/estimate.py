@@ -212,8 +212,9 @@ def estimate(
     prompt = prompt or prompt_tokens(config, model.context)
     longest = prompt + training.max_tokens
     plan = MemoryPlan.for_model(
-        model.config, Card(device.kind, device.bytes), Format(itemsize), model.parameters, longest
-    )
+        model.config, Card(device.kind, device.bytes), Format(itemsize), model.parameters,
+        prompt + max(training.max_tokens, config.eval.max_tokens),
+    )  # fmt: skip
     limit = training.microbatch_tokens or plan.microbatch_tokens
     counts = Step(training.batch_size, training.group_size, prompt, longest, training.updates_per_batch, 1)
     counts = replace(counts, microbatches=-(-counts.packed // min(limit, counts.packed)))

@@ -40,7 +40,8 @@ when everything is loaded, with 0, the number of tasks, and 0."""
 
 EVAL_KEYS = (
     "eval.source", "eval.path", "eval.split", "eval.levels", "eval.examples", "eval.skip", "eval.samples", "eval.temperature",
-    "eval.seed", "eval.suites", "data.", "reward.", "model.model", "model.revision", "model.quantization", "backend.devices",
+    "eval.max_tokens", "eval.seed", "eval.suites", "data.", "reward.",
+    "model.model", "model.revision", "model.quantization", "backend.devices",
     "inference.",
     "plugins.", "environment.", "training.max_tokens", "training.top_p", "training.temperature", "training.stop",
     "training.deterministic",
@@ -203,7 +204,7 @@ def evaluate(
                 "eval": {k: v for k, v in config.eval.model_dump().items() if k != "every"},
                 "temperature": config.eval.temperature or config.training.temperature,
                 "top_p": config.training.top_p,
-                "max_tokens": config.training.max_tokens,
+                "max_tokens": config.eval.max_tokens or config.training.max_tokens,
                 "stop": list(config.training.stop),
                 "reward": config.reward.type,
                 "correct_at": config.reward.correct_at,

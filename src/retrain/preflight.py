@@ -370,13 +370,13 @@ def check_lengths(config: Config, renderer: Renderer, tasks: Sequence[Task], con
             "positions.",
             fix="use other tasks, a shorter data.instruction or data.system, or another model.",
         )
-    needed = prompt + config.training.max_tokens
-    if needed > context:
-        raise ConfigError(
-            f"the longest prompt ({which}) has {prompt} tokens; with training.max_tokens = {config.training.max_tokens} a "
-            f"rollout may need {needed} positions, but {config.model.model} has {context}.",
-            fix=f"set training.max_tokens to at most {context - prompt}.",
-        )
+    for key, most in (("training", config.training.max_tokens), ("eval", config.eval.max_tokens)):
+        if prompt + most > context:
+            raise ConfigError(
+                f"the longest prompt ({which}) has {prompt} tokens; with {key}.max_tokens = {most} a "
+                f"rollout may need {prompt + most} positions, but {config.model.model} has {context}.",
+                fix=f"set {key}.max_tokens to at most {context - prompt}.",
+            )
 
 
 def ignored_settings(generation: Mapping[str, Any]) -> dict[str, Any]:

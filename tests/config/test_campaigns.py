@@ -10,7 +10,7 @@ import pytest
 from retrain.campaign import plan
 from retrain.config import campaigns
 from retrain.config.json_schema import json_schema
-from retrain.config.load import dump_toml, load, load_config
+from retrain.config.load import Override, dump_toml, load, load_config
 from retrain.errors import ConfigError
 
 BASE = """\
@@ -25,6 +25,7 @@ seeds = [11, 12]
 max_steps = 4
 """
 ARM = "[[campaign.conditions]]\n"
+TWO = ARM + 'transform_mode = "none"\n' + ARM
 
 
 @pytest.fixture
@@ -70,8 +71,62 @@ def test_a_label_names_modes_and_what_else_differs():
     # Folders and command lines take the label.
     assert (
         labels(BASE + ARM + 'data.instruction = "Think: a/b?"\n')[0]
-        == "maxrl+gtpo_sepa~instruction=Think-a-b-"
+        == "maxrl+gtpo_sepa~instruction=Think-a-b-6a0496"
     )
+
+
+def test_values_that_read_alike_make_labels_of_their_own():
+    def of(*values: str) -> list[str]:
+        return labels(BASE + "".join(ARM + f"data.instruction = '{value}'\n" for value in values))
+
+    for pair in (("Think!", "Think?"), ("think", "Think"), ("x" * 300 + "1", "x" * 300 + "2")):
+        one, two = of(*pair)
+        assert one.casefold() != two.casefold()
+        assert max(map(len, (one, two))) <= 130
+    values = ("go", "Go", "stay")
+    told = [campaigns.labelled("a", "data.instruction", value, values) for value in values]
+    assert (len({each.casefold() for each in told}), told[2]) == (3, "a~instruction=stay")
+
+
+@pytest.mark.parametrize(
+    ("shared", "condition", "expected"),
+    [
+        ("", "max_tokens = 9", "evaluations sample with training.max_tokens"),
+        ("max_tokens = 8\n", "max_tokens = 9", ""),
+        ("", "training.temperature = 0.3", "Fix: state eval.temperature: it holds for all conditions."),
+        ("temperature = 0.5\n", "training.temperature = 0.3", ""),
+        ("", "top_p = 0.5", "evaluations sample with training.top_p"),
+        ("", "stop = ['x']", "evaluations sample with training.stop"),
+        ("", "stop = []", ""),
+        ("", "reward.type = 'math'", "it also decides which held-out answers are correct"),
+        ("", "reward.type = 'match'", ""),
+        ("", "reward.correct_at = 0.1", "it also decides which held-out answers are correct"),
+        ("", "truncated = 'mask'", ""),
+        ("none", "eval.max_tokens = 9", "eval.max_tokens cannot differ"),
+        ("none", "data.levels = [3]", "the outcome is counted on the tasks that are trained on"),
+        ("none", "max_tokens = 9", "Fix: set [eval] source and state eval.max_tokens"),
+    ],
+)
+def test_conditions_are_measured_alike(file, shared, condition, expected):
+    held_out = '[eval]\nsource = "arithmetic"\n'
+    path = file(BASE.replace(held_out, held_out + shared if shared != "none" else "") + TWO + condition + "\n")
+    if expected:
+        assert expected in refused(path)
+    else:
+        assert len(plan.plan(load(path), name="c").conditions) == 2
+
+
+def test_what_is_tuned_is_measured_alike(file):
+    tune = "tune = { field = 'training.temperature', values = [0.5, 1.0], seeds = [1] }\n"
+    assert "campaign.tune would choose training.temperature for each condition by itself" in refused(file(BASE + tune))
+    fixed = BASE.replace("[campaign]", "temperature = 0.5\n[campaign]")
+    assert plan.plan(load(file(fixed + tune)), name="c")
+
+
+def test_looks_end_at_the_declared_seeds_when_a_campaign_goes_on(file):
+    path = file(BASE.replace("[11, 12]", "[11, 12, 13]") + "looks = [2]\n")
+    assert "must grow from at least 2 to the number of seeds, 3" in refused(path)
+    assert load(path, [Override.of("resume.from", "there")]).config.campaign
 
 
 def test_the_runs_of_a_campaign(file):
@@ -84,9 +139,6 @@ def test_the_runs_of_a_campaign(file):
     assert [run.config.training.seed for run in planned.runs] == [11, 11, 12, 12]
     assert {run.config.training.max_steps for run in planned.runs} == {4}
     assert planned.runs[0].config.campaign is None
-
-
-TWO = ARM + 'transform_mode = "none"\n' + ARM
 
 
 @pytest.mark.parametrize(

@@ -124,13 +124,15 @@ def workers(planned: Plan) -> int:
 def _workers(planned: Plan, gpus: int, made: dict[str, Estimate]) -> int:
     config, campaign = planned.loaded.config, planned.campaign
     how = campaigns.launcher(campaign)
+    trials = len(planned.conditions) * len(campaigns.tuned(campaign)[1]) * len(campaign.tune.seeds)
+    most = max(1, len(planned.runs), trials)
     if how == "serial" or campaign.max_workers:
-        return plan.workers(config)
+        return min(plan.workers(config), most)
     count = gpus or max(1, int(machine.usable_processors()))
     if not gpus and how == "processes" and made:
         peak = max(each.memory.peak for each in made.values())
         count = max(1, min(count, next(iter(made.values())).device.bytes // peak))
-    return min(count, max(1, len(planned.runs)))
+    return min(count, most)
 
 
 def _gpus(config: Config, device: Device | None) -> int:
@@ -245,7 +247,8 @@ def _tokens(runs: Sequence[PlannedRun]) -> Interval:
         training, section = run.config.training, run.config.eval
         rollouts = training.max_steps * training.batch_size * training.group_size
         if section.source:
-            rollouts += estimate.evaluations_of(run.config) * section.examples * section.samples
+            answers = estimate.evaluations_of(run.config) * section.examples * section.samples
+            most += answers * (section.max_tokens or training.max_tokens)
         most += rollouts * training.max_tokens
     return Interval(_SHORT * most, most)
 

@@ -163,4 +163,19 @@ def read(directory: Path) -> Manifest:
             f"{path}: what was declared has been changed since it was written.",
             fix="restore the file; another design is another campaign.",
         )
+    _check_found(path, manifest)
     return manifest
+
+
+def _check_found(path: Path, manifest: Manifest) -> None:
+    """ResumeError where what was found since cannot belong to what was declared: the digest does not cover it."""
+    declared, wrong = manifest.declared, ""
+    twice = [seed for seed in manifest.added if manifest.seeds.count(seed) > 1]
+    tried = (declared.tune or {}).get("values", ())
+    stray = [label for label, value in manifest.chosen.items() if label not in declared.conditions or value not in tried]
+    if twice:
+        wrong = f"the added seed {twice[0]} stands there already"
+    elif stray:
+        wrong = f"what {stray[0]} chose is none of the values that were declared"
+    if wrong:
+        raise ResumeError(f"{path}: {wrong}.", fix="restore the file.")

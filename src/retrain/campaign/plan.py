@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from retrain import cards, machine, preflight
-from retrain.campaign.manifest import Declared, Manifest
+from retrain.campaign.manifest import Declared, Manifest, settings_digest
 from retrain.campaign.outcomes import run_name
 from retrain.config import campaigns, fields
 from retrain.config.load import LoadedConfig, Origin, Override, load
 from retrain.config.problems import KeyPath
 from retrain.config.schema import Campaign, Config
 from retrain.environments.sources import digest_of
-from retrain.errors import ConfigError
+from retrain.errors import ConfigError, ResumeError
 from retrain.training import build, dry
+from retrain.types import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ def plan(
             with problems.of(condition.label):
                 arms[condition.label] = arm(loaded, condition, settings)
     seeds = seeds or campaign.seeds
+    assert len({label.casefold() for label in arms}) == len(arms), "every run has a directory of its own"
     runs = tuple(
         PlannedRun(run_name(label, seed), label, seed, seeded(arms[label].config, name, label, seed))
         for seed in seeds
@@ -106,20 +108,26 @@ class Problems:
 
 
 def _announcements(loaded: LoadedConfig, arms: Mapping[str, LoadedConfig]) -> tuple[str, ...]:
-    """What the campaign's own section announces, what holds for the runs of every condition, and what is about a setting
-    that a condition itself makes. That a shared setting does nothing in some conditions is what conditions are for."""
+    """What the campaign's own section announces, what holds for the runs of every condition, and what is about some of them
+    alone, with their names. That a shared setting does nothing in some conditions is what conditions are for."""
     alone = set(without_campaign(loaded).announcements)
     said: dict[str, list[str]] = {}
-    for each in arms.values():
+    names: dict[str, list[str]] = {}
+    for label, each in arms.items():
         for line in each.announcements:
             # The mode that makes a setting idle may be another in each condition.
             said.setdefault(line.partition(" nothing with ")[0], []).append(line)
+            names.setdefault(line, []).append(label)
     found = [line for line in loaded.announcements if line not in alone]
     for head, lines in said.items():
         if len(lines) == len(arms):
             found.append(lines[0] if len(set(lines)) == 1 else f"{head} nothing in any condition.")
         else:
-            found += [line for line in lines if f"({_OF} " in line]
+            found += [
+                line if f"({_OF} " in line else f"{line} (Of {', '.join(names[line])}.)"
+                for line in lines
+                if f"({_OF} " in line or " does nothing" not in line
+            ]
     return tuple(dict.fromkeys(found))
 
 
@@ -218,37 +226,96 @@ def declare(planned: Plan, name: str, *, threads: int, tune: Mapping[str, Any] |
             threads=threads,
             tune=tune,
             versions={key: str(value) for key, value in build.facts().items()},
+            settings=settings_of(planned),
         )
     )
 
 
 def _check_tasks(planned: Plan) -> None:
-    """ConfigError where a condition's data changes which held-out tasks its runs are evaluated on. Their prompts may differ."""
+    """ConfigError where a condition's data changes which held-out tasks its runs are evaluated on, or makes its runs train on
+    held-out tasks that others do not see. Their prompts may differ."""
     if not planned.loaded.config.eval.source:
         return
-    expected: list[tuple[str, str]] = []
+    first: tuple[list[tuple[str, str]], set[int]] | None = None
+    seen: list[Config] = []
     for condition, run in zip(planned.conditions, planned.runs, strict=False):
-        own = [key for key in condition.settings if key.startswith("data.")]
-        if expected and not own:
+        if any(same_tasks(run.config, other) for other in seen):
             continue
+        seen.append(run.config)
         with dry.parts(run.config) as parts:
-            found = [(task.id, task.reference) for task in parts.held_out]
-        if expected and found != expected:
-            place = planned.loaded.where(*campaigns.path_of(condition, planned.campaign, own[0]))
+            trained = {text_of(task) for task in parts.tasks}
+            tasks = [(task.id, task.reference) for task in parts.held_out]
+            shared = {i for i, task in enumerate(parts.held_out) if text_of(task) in trained}
+        first = first or (tasks, shared)
+        own = [key for key in condition.settings if key.startswith("data.") or key == "training.max_examples"]
+        if tasks != first[0]:
             raise ConfigError(
-                f"{f'{place}: ' if place else ''}condition {condition.label} sets {', '.join(own)}, which also changes the tasks "
-                "that it is evaluated on: its results could not be compared.",
+                f"{_placed(planned, condition, own)}condition {condition.label} sets {', '.join(own)}, which also changes the "
+                "tasks that it is evaluated on: its results could not be compared.",
                 fix=f"state {own[0].replace('data.', 'eval.')} for all of them, or leave it out of the condition.",
             )
-        expected = expected or found
+        if shared != first[1]:
+            raise ConfigError(
+                f"{_placed(planned, condition, own)}condition {condition.label} trains on {len(shared)} of the {len(tasks)} "
+                f"held-out tasks, {planned.conditions[0].label} on {len(first[1])}: its results could not be compared.",
+                fix="train all of them on data without the held-out tasks, or evaluate on other tasks.",
+            )
+
+
+def same_tasks(one: Config, other: Config) -> bool:
+    """Do both train and are both evaluated on the same tasks, as far as settings tell?"""
+    return (one.data, one.eval, one.environment, one.training.max_examples) == (
+        other.data, other.eval, other.environment, other.training.max_examples,
+    )  # fmt: skip
+
+
+def text_of(task: Task) -> str:
+    """What a task asks; two with the same text are the same one, whatever their ids."""
+    return "\n".join(f"{message.role}: {message.content}" for message in task.messages)
+
+
+def _placed(planned: Plan, condition: campaigns.Condition, keys: list[str]) -> str:
+    place = planned.loaded.where(*campaigns.path_of(condition, planned.campaign, keys[0])) if keys else ""
+    return f"{place}: " if place else ""
+
+
+def settings_of(planned: Plan) -> dict[str, str]:
+    """The digest of what every condition's runs compute with, but for what is tuned."""
+    key, values = campaigns.tuned(planned.campaign)
+    arms = zip(planned.conditions, planned.runs, strict=False)
+    return {c.label: settings_digest(run.config, key if values else "") for c, run in arms}
+
+
+def check_unchanged(planned: Plan, declared: Declared) -> None:
+    """ResumeError where the campaign's configuration is not that of its first start."""
+    now, before = settings_of(planned), declared.settings
+    labels = [label for label in (*declared.conditions, *now) if (label in now) != (label in declared.conditions)]
+    changed = labels or [label for label in now if before and now[label] != before.get(label)]
+    tune, campaign = declared.tune, planned.campaign
+    if tune and not changed:
+        field, values = campaigns.tuned(campaign)
+        steps = campaign.tune.max_steps or campaign.max_steps
+        if [field, *values] != [tune["field"], *tune["values"]] or [steps, *campaign.tune.seeds] != [
+            tune["max_steps"], *tune["seeds"],
+        ]:  # fmt: skip
+            changed = ["campaign.tune"]
+    if changed:
+        what = f"condition {changed[0]}" if changed[0] != "campaign.tune" else changed[0]
+        raise ResumeError(
+            f"{planned.loaded.path}: {what} is not what it was when the campaign began; its remaining runs could not be "
+            "compared with those that are done.",
+            fix="restore the file; another design is another campaign.",
+        )
 
 
 def evaluation(config: Config) -> dict[str, Any]:
-    """The held-out tasks of a run's configuration: what they are, and the digest of their contents."""
+    """The held-out tasks of a run's configuration: what they are, the digest of their contents, and what its answers are
+    sampled and scored with."""
     if not config.eval.source:
         return {}
+    section, training = config.eval, config.training
+    scored = config.reward.model_dump(mode="json", exclude_defaults=True)
     with dry.parts(config) as parts:
-        section = config.eval
         return {
             "source": section.source,
             "split": section.split,
@@ -257,6 +324,12 @@ def evaluation(config: Config) -> dict[str, Any]:
             "seed": section.seed,
             "every": section.every,
             "digest": digest_of(parts.held_out),
+            "max_tokens": section.max_tokens or training.max_tokens,
+            "temperature": section.temperature or training.temperature,
+            "top_p": training.top_p,
+            **({"stop": list(training.stop)} if training.stop else {}),
+            "reward": config.reward.type,
+            **{f"reward.{key}": value for key, value in scored.items() if key != "type"},
         }
 
 

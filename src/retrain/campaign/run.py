@@ -132,11 +132,14 @@ def _continue(directory: Path, loaded: LoadedConfig, *, plain: bool, stop: threa
             f"{directory} has the seeds {', '.join(map(str, seeds))}: they stay, and others may only follow them.",
             fix="list them first.",
         )
-    if campaign.seeds != known.declared.seeds and len(campaign.seeds) > len(seeds):
+    added = campaign.seeds != known.declared.seeds and len(campaign.seeds) > len(seeds)
+    if added:
         known = replace(known, added=campaign.seeds[len(known.declared.seeds) :])
+    planned = plan.plan(loaded, name=directory.name, seeds=known.seeds, chosen=known.chosen)
+    plan.check_unchanged(planned, known.declared)
+    if added:
         log.info("Seeds beyond the declared ones: what is said about them is exploratory.")
         manifest.write(directory, known)
-    planned = plan.plan(loaded, name=directory.name, seeds=known.seeds, chosen=known.chosen)
     return _run(directory, planned, known, plain=plain, stop=stop)
 
 

@@ -21,7 +21,6 @@ from retrain.environments.sources import digest_of
 from retrain.errors import ConfigError, DataError, RunError
 from retrain.tracking import layout
 from retrain.training import dry
-from retrain.types import Task
 
 _LEVEL = 1e-12
 """Means that differ by less are equal: sums in floating point do not tell them apart."""
@@ -49,9 +48,9 @@ def declared(planned: Plan) -> dict[str, Any] | None:
     field, values = campaigns.tuned(campaign)
     if not values:
         return None
-    base = planned.runs[0].config
-    trial = planned_trials(planned)[0].config
-    digest = _own_tasks(base, trial, planned)
+    trials = planned_trials(planned)
+    trial = trials[0].config
+    digest = _own_tasks(trials, planned)
     return {
         "field": field,
         "values": list(values),
@@ -61,39 +60,47 @@ def declared(planned: Plan) -> dict[str, Any] | None:
     }
 
 
-def _own_tasks(base: Config, trial: Config, planned: Plan) -> str:
-    """Digest of the tasks that trials choose on; ConfigError where they are too few, or not their own."""
+def _own_tasks(trials: Sequence[PlannedRun], planned: Plan) -> str:
+    """Digest of the tasks that trials choose on; ConfigError where they are too few, not their own, not the same for all, or
+    trained on by any run that there may be."""
     place = planned.loaded.where("campaign", "tune")
     where = f"{place}: " if place else ""
+    base = planned.runs[0].config
     with dry.parts(base) as parts:
         judged = parts.held_out
-    chosen, training = (), set[str]()
-    too_few = contextlib.nullcontext() if planned.campaign.tune.split else contextlib.suppress(DataError)
-    with too_few, dry.parts(trial) as parts:
-        chosen, training = parts.held_out, {_text(task) for task in parts.tasks}
-    if len(chosen) < min(base.eval.examples, len(judged)) and not planned.campaign.tune.split:
-        raise ConfigError(
-            f"{where}after the {len(judged)} held-out tasks of the evaluation {len(chosen)} are left for trials to choose on.",
-            fix=f"set eval.examples to at most {(len(judged) + len(chosen)) // 2}, or name another part of the data as "
-            "campaign.tune.split.",
-        )
-    own = {_text(task) for task in chosen}
-    for others, what in (({_text(task) for task in judged}, "evaluated"), (training, "trained")):
-        if shared := own & others:
+    digest, seen = "", list[Config]()
+    for trial in trials:
+        if any(plan.same_tasks(trial.config, other) for other in seen):
+            continue
+        seen.append(trial.config)
+        chosen, training = (), set[str]()
+        too_few = contextlib.nullcontext() if planned.campaign.tune.split else contextlib.suppress(DataError)
+        with too_few, dry.parts(trial.config) as parts:
+            chosen, training = parts.held_out, {plan.text_of(task) for task in parts.tasks}
+        if len(chosen) < min(base.eval.examples, len(judged)) and not planned.campaign.tune.split:
             raise ConfigError(
-                f"{where}{len(shared)} of the {len(chosen)} tasks for trials to choose on are {what} on as well.",
-                fix="name another part of the data as campaign.tune.split, or remove what the data holds twice.",
+                f"{where}after the {len(judged)} held-out tasks of the evaluation {len(chosen)} are left for trials to choose "
+                "on.",
+                fix=f"set eval.examples to at most {(len(judged) + len(chosen)) // 2}, or name another part of the data as "
+                "campaign.tune.split.",
             )
-    return digest_of(chosen)
+        own = {plan.text_of(task) for task in chosen}
+        for others, what in (
+            ({plan.text_of(task) for task in judged}, "evaluated on as well"),
+            (training, f"trained on as well (by {trial.condition})" if seen[1:] else "trained on as well"),
+        ):
+            if shared := own & others:
+                raise ConfigError(
+                    f"{where}{len(shared)} of the {len(chosen)} tasks for trials to choose on are {what}.",
+                    fix="name another part of the data as campaign.tune.split, or remove what the data holds twice.",
+                )
+        digest = digest or digest_of(chosen)
+    return digest
 
 
-def _text(task: Task) -> str:
-    return "\n".join(f"{message.role}: {message.content}" for message in task.messages)
-
-
-def trial_label(condition: str, field: str, value: Any) -> str:
-    """Name of the trials of one value in one condition, without their seed."""
-    return campaigns.labelled(condition, field, value)
+def trial_label(condition: str, field: str, value: Any, values: Sequence[Any] = ()) -> str:
+    """Name of the trials of one of ``values`` in one condition, without their seed."""
+    return campaigns.labelled(condition, field, value, values)
 
 
 def planned_trials(planned: Plan) -> tuple[PlannedRun, ...]:
@@ -110,10 +117,12 @@ def planned_trials(planned: Plan) -> tuple[PlannedRun, ...]:
     with plan.Problems() as problems:
         for condition in planned.conditions:
             for value in values:
-                label = trial_label(condition.label, field, value)
+                label = trial_label(condition.label, field, value, values)
                 with problems.of(label):
                     made = plan.arm(loaded, condition, {**condition.settings, **budget, field: value})
                     arms[condition.label, label] = made.config
+    names = {label.casefold() for _, label in arms}
+    assert len(names) == len(planned.conditions) * len(values), "every trial has a directory of its own"
     return tuple(
         PlannedRun(run_name(label, seed), condition, seed, plan.seeded(config, "trial", label, seed))
         for seed in campaign.tune.seeds
@@ -135,9 +144,10 @@ def trials(directory: Path, manifest: Manifest) -> tuple[Tried, ...]:
 
 def states(directory: Path, manifest: Manifest) -> dict[str, str]:
     """The state of every trial by its name."""
+    tune: Mapping[str, Any] = manifest.declared.tune or {}
     return {
         run_name(
-            trial_label(each.condition, (manifest.declared.tune or {})["field"], each.value), seed
+            trial_label(each.condition, tune["field"], each.value, tune["values"]), seed
         ): state
         for each in trials(directory, manifest)
         for seed, state in zip(each.seeds, each.states, strict=True)
@@ -146,7 +156,7 @@ def states(directory: Path, manifest: Manifest) -> dict[str, str]:
 
 def _tried(root: Path, fixed: Declared, condition: str, value: Any, chosen: Mapping[str, Any]) -> Tried:
     tune: Mapping[str, Any] = fixed.tune or {}
-    label = trial_label(condition, tune["field"], value)
+    label = trial_label(condition, tune["field"], value, tune["values"])
     runs = [outcome(root / run_name(label, seed), label, seed, fixed) for seed in tune["seeds"]]
     ended = all(run.state in ("done", "failed", "dead") for run in runs)
     values = [run.curve[-1][1] if run.state == "dead" and run.curve else run.value for run in runs]

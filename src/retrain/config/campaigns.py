@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, cast
 
@@ -74,7 +75,21 @@ def conditions(config: Config) -> tuple[Condition, ...]:
             Condition(f"{advantage}+{transform}", {_ADVANTAGE: advantage, _TRANSFORM: transform})
             for advantage, transform in STANDARD
         )
-    return tuple(_condition(config, index, table) for index, table in enumerate(campaign.conditions))
+    found = [_condition(config, index, table) for index, table in enumerate(campaign.conditions)]
+    # Every label names a folder, also where file systems do not tell upper case from lower case.
+    alike: dict[str, set[str]] = {}
+    for each in found:
+        alike.setdefault(each.label.casefold(), set()).add(_literal(each.settings))
+    return tuple(
+        replace(each, label=_told_apart(each.label, _literal(each.settings)))
+        if len(alike[each.label.casefold()]) > 1
+        else each
+        for each in found
+    )
+
+
+def _literal(given: Mapping[str, Any]) -> str:
+    return literal(dict(sorted(given.items())))
 
 
 def baseline(config: Config) -> str:
@@ -89,17 +104,41 @@ def _condition(config: Config, index: int, table: Mapping[str, Any]) -> Conditio
         _ADVANTAGE: given.pop(_ADVANTAGE, config.algorithm.advantage_mode),
         _TRANSFORM: given.pop(_TRANSFORM, config.algorithm.transform_mode),
     }
-    label = re.sub(r"[^\w.+~=,-]+", "-", f"{modes[_ADVANTAGE]}+{modes[_TRANSFORM]}", flags=re.ASCII)
+    label = _plain(f"{modes[_ADVANTAGE]}+{modes[_TRANSFORM]}")
+    if len(label) > _LONGEST:
+        label = _told_apart(label[: _LONGEST - 7], label)
     for key, value in given.items():
         label = labelled(label, key, value)
     return Condition(label, modes | given, index)
 
 
-def labelled(label: str, key: str, value: Any) -> str:
-    """A label with one more setting; it names folders and is typed on command lines."""
+def labelled(label: str, key: str, value: Any, others: Sequence[Any] = ()) -> str:
+    """A label with one more setting; it names folders and is typed on command lines. Six digits of a hash follow where the
+    value does not survive as it is, or reads as another of ``others`` does, the values that make the other labels."""
+    text = _text(value)
+    plain = _plain(text)
+    is_alone = sum(_plain(_text(other)).casefold() == plain.casefold() for other in others) < 2
+    made = f"{label}~{_plain(_short(key))}={plain}"
+    if plain != text or not is_alone:
+        made = _told_apart(made, literal(value))
+    return made if len(made) <= _LONGEST else _told_apart(made[: _LONGEST - 7], made)
+
+
+_LONGEST = 120
+"""Characters of a label. With a seed and the suffix of a file it stays within the 255 bytes of a file name."""
+
+
+def _text(value: Any) -> str:
     items = cast("Sequence[Any]", value) if isinstance(value, list | tuple) else (value,)
-    text = f"{label}~{_short(key)}={','.join(each if isinstance(each, str) else literal(each) for each in items)}"
+    return ",".join(each if isinstance(each, str) else literal(each) for each in items)
+
+
+def _plain(text: str) -> str:
     return re.sub(r"[^\w.+~=,-]+", "-", text, flags=re.ASCII)
+
+
+def _told_apart(label: str, by: str) -> str:
+    return f"{label.rstrip('-')}-{hashlib.sha256(by.encode()).hexdigest()[:6]}"
 
 
 def path_of(condition: Condition, campaign: Campaign, key: str) -> KeyPath:
@@ -177,7 +216,8 @@ def check(config: Config) -> Iterator[Problem]:
                 ("campaign", "seeds"), f"campaign.seeds holds {seed} {count} times.",
                 "a seed counts once: equal runs are no replication.",
             )  # fmt: skip
-    yield from _check_looks(campaign)
+    yield from _check_looks(campaign, goes_on=bool(config.resume.from_))
+    yield from _check_measure(config, campaign)
     yield from _check_launch(config, campaign)
     yield from _check_tune(config, campaign)
     yield from _idle(config)
@@ -227,9 +267,82 @@ def _check_condition(index: int, table: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(place, f"condition {index + 1}: {key} cannot differ between conditions: {why}.", "leave it out.")
 
 
-def _check_looks(campaign: Campaign) -> Iterator[Problem]:
+_MEASURED = {
+    "training.max_tokens": "eval.max_tokens",
+    "training.temperature": "eval.temperature",
+    "training.top_p": "",
+    "training.stop": "",
+}
+"""Settings that evaluations sample with, and those of [eval] that state another value for all conditions."""
+_SCORES_ALIKE = ("reward.timeout_s", "reward.max_error_rate", "reward.isolate")
+_SAME_TASKS = ("data.shuffle", "data.instruction", "data.system", "data.template_args")
+
+
+def measures(config: Config, key: str) -> str:
+    """Why a setting that differs between conditions would change what their outcome measures, "" where it does not. What the
+    policy is (its model, number format, prompt) is compared; by what it is measured may not differ."""
+    has_eval = bool(config.eval.source)
+    section, _, name = key.partition(".")
+    if key in _MEASURED:
+        stated = _MEASURED[key]
+        if has_eval and stated and getattr(config.eval, stated.partition(".")[2]):
+            return ""
+        return f"evaluations sample with {key}" if has_eval else "the outcome is counted on the rollouts that it shapes"
+    if section == "reward" and key not in _SCORES_ALIKE:
+        return "it also decides which held-out answers are correct" if has_eval else "it decides which answers are correct"
+    if section == "environment" and name != "auto_install":
+        return "the outcome is measured in the same environment"
+    if not has_eval and (key == "training.max_examples" or (section == "data" and key not in _SAME_TASKS)):
+        return "without held-out tasks the outcome is counted on the tasks that are trained on"
+    return ""
+
+
+def _check_measure(config: Config, campaign: Campaign) -> Iterator[Problem]:
+    """Outcomes are compared only where all conditions are measured alike."""
+    arms = conditions(config)
+    found = [(key, arm, arm.settings) for arm in arms for key in arm.settings]
+    told: set[str] = set()
+    for key, arm, given in found:
+        why = "" if key in told else measures(config, key)
+        if not why:
+            continue
+        section, _, name = key.partition(".")
+        shared = getattr(getattr(config, section), name)
+        if len({literal(_listed(other.settings.get(key, shared))) for other in arms}) > 1:
+            told.add(key)
+            yield Problem(
+                path_of(arm, campaign, key),
+                f"condition {arm.label} sets {key} = {literal(given[key])}, which other conditions do not: {why}, so a "
+                "difference would say nothing about the training.",
+                _measure_fix(config, key),
+            )  # fmt: skip
+    key, values = tuned(campaign)
+    if values and key and (why := measures(config, key)):
+        yield Problem(
+            ("campaign", "tune", "field"), f"campaign.tune would choose {key} for each condition by itself: {why}, so values and "
+            "conditions could not be compared.", _measure_fix(config, key),
+        )  # fmt: skip
+
+
+def _measure_fix(config: Config, key: str) -> str:
+    if not config.eval.source and key.startswith(("data.", "training.max_examples")):
+        return "set [eval] source to compare the conditions on held-out tasks."
+    stated = _MEASURED.get(key, "")
+    if stated:
+        first = "" if config.eval.source else "set [eval] source and "
+        return f"{first}state {stated} for all conditions." if first else f"state {stated}: it holds for all conditions."
+    return "set it for all conditions alike."
+
+
+def _listed(value: Any) -> Any:
+    return list(cast("Sequence[Any]", value)) if isinstance(value, tuple) else value
+
+
+def _check_looks(campaign: Campaign, *, goes_on: bool) -> Iterator[Problem]:
     looks = campaign.looks
-    if looks and (sorted(set(looks)) != list(looks) or looks[-1] != len(campaign.seeds) or looks[0] < 2):
+    # Seeds may follow the declared ones when a campaign goes on; its manifest holds what the looks must end at.
+    is_whole = bool(looks) and (looks[-1] <= len(campaign.seeds) if goes_on else looks[-1] == len(campaign.seeds))
+    if looks and (sorted(set(looks)) != list(looks) or not is_whole or looks[0] < 2):
         yield Problem(
             ("campaign", "looks"),
             f"campaign.looks = {literal(list(looks))} must grow from at least 2 to the number of seeds, "

@@ -13,6 +13,7 @@ PREFERRED = {
     "lr": "training.lr",
     "max_steps": "training.max_steps",
     "temperature": "training.temperature",
+    "max_tokens": "training.max_tokens",
     "model": "model.model",
     "source": "data.source",
     "adapter_path": "backend.adapter_path",

@@ -112,12 +112,12 @@ def _idle_rules() -> tuple[_Idle, ...]:
             "data.path",
         ),
         _Idle(
-            _section("eval", "eval.source", "eval.suites", "eval.every", "eval.seed", "eval.temperature"),
+            _section("eval", "eval.source", "eval.suites", "eval.every", "eval.seed", "eval.temperature", "eval.max_tokens"),
             lambda c: not c.eval.source,
             "eval.source",
         ),
         _Idle(
-            ("eval.every", "eval.seed", "eval.temperature"),
+            ("eval.every", "eval.seed", "eval.temperature", "eval.max_tokens"),
             lambda c: not c.eval.source and not c.eval.suites,
             "eval.source",
         ),

@@ -335,6 +335,7 @@ class Eval(Section):
     skip: Limit = Field(default=0, description="Held-out tasks, in their seeded order, that are passed over.")
     samples: Size = Field(default=1, description="Rollouts per task of an evaluation.")
     temperature: Temperature | None = Field(default=None, description="Sampling temperature; unset: training's.")
+    max_tokens: Limit = Field(default=0, description="Longest answer, in sampled tokens; 0: training's.")
     seed: Seed = Field(default=0, description="Seed of the evaluation's own tasks and sampling noise.")
     suites: Tables = Field(
         default=(),

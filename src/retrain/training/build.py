@@ -170,7 +170,7 @@ def _evaluator_of(
     return Evaluator(
         tasks=tuple(chosen),
         samples=samples,
-        sampling=replace(sampling, want_entropy=False),
+        sampling=replace(sampling, want_entropy=False, max_tokens=config.eval.max_tokens or sampling.max_tokens),
         seed=config.eval.seed,
         correct_at=config.reward.correct_at,
         name=name,

@@ -1,0 +1,159 @@
+"""What a campaign refuses so that its conditions can be compared, and what it declares so that nobody changes it later."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import threading
+import tomllib
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from retrain.campaign import forecast, manifest, plan, tune
+from retrain.campaign.manifest import Manifest, settings_digest
+from retrain.campaign.run import execute, stored
+from retrain.config.load import Override, dump_toml, load
+from retrain.errors import ConfigError, ResumeError
+
+_made = runpy.run_path(str(Path(__file__).with_name("made_campaigns.py")))
+declared = _made["declared"]
+
+TINY = """\
+[model]
+model = "retrain/tiny"
+[backend]
+devices = "cpu"
+[data]
+source = "arithmetic"
+levels = [1]
+[eval]
+source = "arithmetic"
+examples = 8
+[campaign]
+seeds = [11, 12]
+max_steps = 2
+threads = 1
+{more}
+[[campaign.conditions]]
+transform_mode = "none"
+[[campaign.conditions]]
+transform_mode = "none"
+"""
+
+
+def planned(text):
+    return plan.plan(plan.anchored(load(tomllib.loads(text))), name="c")
+
+
+def test_a_condition_that_trains_on_held_out_tasks_is_refused():
+    design = planned(TINY.format(more="") + 'data.split = "test"\n')
+    with pytest.raises(ConfigError, match=r"trains on 8 of the 8 held-out tasks, maxrl\+none on 0"):
+        plan.declare(design, "c", threads=1)
+    both = TINY.format(more="").replace("levels = [1]", 'levels = [1]\nsplit = "test"') + "lr = 1e-3\n"
+    plan.declare(planned(both), "c", threads=1)
+
+
+def test_trials_do_not_choose_on_what_any_condition_trains_on():
+    tuned = 'tune = { lr = [1e-3, 1e-4], seeds = [1], split = "validation" }'
+    with pytest.raises(ConfigError, match=r"tasks for trials to choose on are trained on as well \(by maxrl"):
+        tune.declared(planned(TINY.format(more=tuned) + 'data.split = "validation"\n'))
+
+
+def test_what_evaluations_sample_and_score_with_is_declared():
+    text = TINY.format(more="").replace("examples = 8", "examples = 8\nmax_tokens = 5") + "max_tokens = 9\n"
+    told = plan.declare(planned(text), "c", threads=1).declared.evaluation
+    assert (told["max_tokens"], told["temperature"], told["top_p"], told["reward"]) == (5, 0.7, 1.0, "match")
+
+
+def test_the_digest_of_settings_is_of_what_a_step_computes(tmp_path):
+    config = load({"data": {"source": "jsonl", "path": "/a/tasks.jsonl"}, "training": {"lr": 1e-3, "seed": 1}}).config
+    first = settings_digest(config)
+
+    def changed(section, **values):
+        return settings_digest(config.model_copy(update={section: getattr(config, section).model_copy(update=values)}))
+
+    (tmp_path / "c.toml").write_text(dump_toml(config))
+    assert settings_digest(load(tmp_path / "c.toml").config) == first
+    assert changed("training", seed=2, save_every=1) == first
+    assert changed("logging", log_dir="elsewhere", wandb_group="g") == first
+    assert changed("data", path="/b/tasks.jsonl") == first
+    others = [
+        changed("data", path="/a/others.jsonl"), changed("training", lr=1e-4), changed("training", max_steps=3),
+        changed("logging", strategic_grams="so"), changed("loss", kind="cispo"),
+    ]  # fmt: skip
+    assert len({first, *others}) == 6
+    assert settings_digest(config, "training.lr") == changed("training", lr=4e-5)
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """The directory of a campaign that was stopped before its first run."""
+    path = tmp_path / "c.toml"
+    path.write_text(TINY.format(more="looks = [2]") + "lr = 1e-3\n")
+    stop = threading.Event()
+    stop.set()
+    loaded = load(path, [Override.of("logging.log_dir", str(tmp_path / "logs"))])
+    return execute(loaded, plain=True, stop=stop).directory
+
+
+def go_on(directory, *overrides):
+    stop = threading.Event()
+    stop.set()
+    return execute(stored(directory, [Override.of("resume.from", str(directory)), *overrides]), plain=True, stop=stop)
+
+
+def test_a_configuration_that_was_edited_is_not_gone_on_with(stopped):
+    assert go_on(stopped).status == "interrupted"
+    config = stopped / "config.toml"
+    text = config.read_text()
+    config.write_text(text.replace("group_size = 16", "group_size = 8"))
+    with pytest.raises(ResumeError, match=r"config.toml: condition maxrl\+none is not what it was"):
+        go_on(stopped)
+    config.write_text(text.replace('"lr" = 0.001', '"lr" = 0.01').replace("lr = 0.001", "lr = 0.01"))
+    with pytest.raises(ResumeError, match="condition maxrl"):
+        go_on(stopped)
+    config.write_text(text)
+    # Declared looks do not stand in the way of more seeds.
+    assert go_on(stopped, Override.of("campaign.seeds", (11, 12, 13))).counts == {"waiting": 6}
+    assert manifest.read(stopped).added == (13,)
+    assert go_on(stopped).counts == {"waiting": 6}
+
+
+def test_a_manifest_without_settings_reads_and_is_not_checked(stopped):
+    path = stopped / "manifest.json"
+    record = json.loads(path.read_text())
+    assert set(record["declared"]["settings"]) == {"maxrl+none", "maxrl+none~lr=0.001"}
+    known = manifest.read(stopped).declared
+    del record["declared"]["settings"]
+    record["digest"] = manifest.digest(replace(known, settings={}))
+    path.write_text(json.dumps(record))
+    config = stopped / "config.toml"
+    config.write_text(config.read_text().replace("group_size = 16", "group_size = 8"))
+    assert go_on(stopped).counts == {"waiting": 4}
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"added": [1]}, "the added seed 1 stands there already"),
+        ({"added": [9, 9]}, "the added seed 9 stands there already"),
+        ({"chosen": {"grpo+none": 0.5}}, "what grpo.none chose is none of the values"),
+    ],
+)
+def test_what_was_found_must_fit_what_was_declared(tmp_path, found, said):
+    design = declared(conditions=("grpo+none", "maxrl+none"), seeds=(1, 2))
+    manifest.write(tmp_path, Manifest(design))
+    path = tmp_path / "manifest.json"
+    record = json.loads(path.read_text())
+    assert record["declared"] == json.loads(json.dumps(asdict(design)))
+    record["found"].update(found)
+    path.write_text(json.dumps(record))
+    with pytest.raises(ResumeError, match=said):
+        manifest.read(tmp_path)
+
+
+def test_no_more_runs_go_at_once_than_there_are():
+    text = TINY.format(more='launcher = "processes"\nmax_workers = 64') + "lr = 1e-3\n"
+    assert forecast.workers(planned(text)) == 4
