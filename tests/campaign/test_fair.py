@@ -157,3 +157,14 @@ def test_what_was_found_must_fit_what_was_declared(tmp_path, found, said):
 def test_no_more_runs_go_at_once_than_there_are():
     text = TINY.format(more='launcher = "processes"\nmax_workers = 64') + "lr = 1e-3\n"
     assert forecast.workers(planned(text)) == 4
+
+
+def test_an_evaluation_may_have_a_length_of_its_own():
+    from retrain.fakes import FakeRenderer
+    from retrain.training.build import evaluator
+
+    def length(**keys):
+        base = {"data": {"source": "arithmetic"}, "training": {"max_tokens": 9}, "model": {"model": "retrain/tiny"}}
+        return evaluator(load({**base, "eval": {"source": "arithmetic", **keys}}).config, FakeRenderer()).sampling.max_tokens
+
+    assert (length(), length(max_tokens=5), length(max_tokens=20)) == (9, 5, 20)
