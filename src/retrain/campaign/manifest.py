@@ -11,12 +11,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from retrain.config.fields import settings
-from retrain.config.schema import Config
 from retrain.errors import ResumeError
 from retrain.tracking import layout
+
+if TYPE_CHECKING:
+    from retrain.config.schema import Config
 
 FORMAT = 1
 LAST_SHARE = 0.2
@@ -88,6 +89,8 @@ def settings_digest(config: Config, tuned: str = "") -> str:
     """Digest of everything in a run's configuration that changes what a step computes: equal for the runs of one condition,
     on any machine. Left out are seeds, folders, names at trackers, what any resume may change, and the dotted key ``tuned``.
     Defaults do not count, so that a setting which a later version adds changes nothing. ``max_steps`` does count."""
+    # pydantic comes with them, and whoever only looks at a campaign needs none.
+    from retrain.config.fields import settings
     from retrain.preflight import NEUTRAL_ON_RESUME
 
     neutral = tuple(key for key in NEUTRAL_ON_RESUME if key != "training.max_steps")
