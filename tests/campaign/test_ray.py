@@ -20,7 +20,6 @@ pytest.importorskip("ray")
 sys.path.insert(0, str(Path(__file__).with_name("light")))
 
 import campaigns
-import light
 
 
 @pytest.mark.slow
@@ -28,7 +27,7 @@ def test_a_cluster_of_two_nodes_runs_a_campaign_and_finishes_one_of_which_a_node
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder, steps, step_s in ((whole, 2, 0.0), (broken, 25, 0.3)):
         folder.mkdir()
-        light.write(folder, seeds=(1,), steps=steps, step_s=step_s, more='launcher = "ray"')
+        campaigns.write(folder, seeds=(1,), steps=steps, step_s=step_s, more='launcher = "ray"')
     script = Path(__file__).with_name("light") / "two_nodes.py"
     with tempfile.TemporaryDirectory(prefix="rr-", dir="/tmp") as short:
         done = subprocess.run(
@@ -49,7 +48,7 @@ def test_a_cluster_of_two_nodes_runs_a_campaign_and_finishes_one_of_which_a_node
 
 @pytest.mark.slow
 def test_a_cluster_of_this_machine_is_reached_by_no_other_and_ends_with_the_campaign(tmp_path):
-    light.write(tmp_path, seeds=(1,), steps=60, step_s=0.3, more='launcher = "ray"')
+    campaigns.write(tmp_path, seeds=(1,), steps=60, step_s=0.3, more='launcher = "ray"')
     short = Path(tempfile.mkdtemp(prefix="rr-", dir="/tmp"))
     process = campaigns.begin(tmp_path, "campaign.toml", RAY_ADDRESS="", TMPDIR=str(short))
     campaigns.wait_for(lambda: list((tmp_path / "logs").glob("campaign_*/runs/*/metrics.jsonl")))
@@ -202,7 +201,7 @@ def test_ray_that_is_missing_or_does_not_answer_is_said_in_a_line(monkeypatch):
 
 
 def test_an_address_without_a_cluster_is_a_mistake_of_the_configuration(tmp_path):
-    light.write(tmp_path, more='launcher = "ray"')
+    campaigns.write(tmp_path, more='launcher = "ray"')
     code, said = campaigns.run(tmp_path, "campaign.toml", "--ray-address", "127.0.0.1:1")
     assert code == 2, said
     assert "no Ray cluster answers at 127.0.0.1:1" in said

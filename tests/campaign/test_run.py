@@ -21,7 +21,6 @@ from retrain.errors import RunError
 sys.path.insert(0, str(Path(__file__).with_name("light")))
 
 import campaigns
-import light
 
 FOUR = ["grpo+none_s1", "grpo+none_s2", "maxrl+none_s1", "maxrl+none_s2"]
 TWO_AT_ONCE = 'launcher = "processes"\nmax_workers = 2'
@@ -29,7 +28,7 @@ TWO_AT_ONCE = 'launcher = "processes"\nmax_workers = 2'
 
 @pytest.mark.slow
 def test_every_run_has_a_process_and_a_rerun_of_what_is_done_starts_none(tmp_path):
-    light.write(tmp_path, more=TWO_AT_ONCE)
+    campaigns.write(tmp_path, more=TWO_AT_ONCE)
     code, said = campaigns.run(tmp_path, "campaign.toml")
     assert code == 0, said
     directory = campaigns.campaign(tmp_path)
@@ -48,7 +47,7 @@ def test_every_run_has_a_process_and_a_rerun_of_what_is_done_starts_none(tmp_pat
 
 
 def test_flags_change_the_campaign_as_its_file_would(tmp_path):
-    light.write(tmp_path, more=TWO_AT_ONCE)
+    campaigns.write(tmp_path, more=TWO_AT_ONCE)
     code, said = campaigns.run(
         tmp_path, "campaign.toml", "--max-steps", "2", "--seeds", "7", "--launcher", "serial", "--max-workers", "0",
         "--lr", "0.5",
@@ -70,7 +69,7 @@ def test_flags_change_the_campaign_as_its_file_would(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_breaks_or_is_refused_stops_no_other_and_is_told_with_its_last_words(tmp_path):
-    light.write(tmp_path, seeds=(1, 2, 3), more=TWO_AT_ONCE)
+    campaigns.write(tmp_path, seeds=(1, 2, 3), more=TWO_AT_ONCE)
     signs = tmp_path / "signs"
     (signs / "grpo+none_s1").write_text("kill 1")
     (signs / "maxrl+none_s1").write_text("raise 1")
@@ -104,7 +103,7 @@ def test_a_run_that_is_killed_breaks_or_is_refused_stops_no_other_and_is_told_wi
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_saves_every_run_and_a_resume_counts_no_step_twice(tmp_path, number):
-    light.write(tmp_path, seeds=(1,), steps=40, step_s=0.1, more=TWO_AT_ONCE)
+    campaigns.write(tmp_path, seeds=(1,), steps=40, step_s=0.1, more=TWO_AT_ONCE)
     process = campaigns.begin(tmp_path, "campaign.toml")
     campaigns.wait_for(lambda: list((tmp_path / "logs").glob("campaign_*")))
     directory = campaigns.campaign(tmp_path)
@@ -127,7 +126,7 @@ def test_one_signal_saves_every_run_and_a_resume_counts_no_step_twice(tmp_path, 
 
 
 def test_a_second_ctrl_c_ends_everything_at_once(tmp_path):
-    light.write(tmp_path, seeds=(1,), steps=3, step_s=60, more=TWO_AT_ONCE)
+    campaigns.write(tmp_path, seeds=(1,), steps=3, step_s=60, more=TWO_AT_ONCE)
     process = campaigns.begin(tmp_path, "campaign.toml")
     campaigns.wait_for(lambda: list((tmp_path / "logs").glob("campaign_*/runs/*/run.json")))
     directory = campaigns.campaign(tmp_path)
@@ -144,7 +143,7 @@ def test_a_second_ctrl_c_ends_everything_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_runs_outlive_a_killed_campaign_only_to_save_and_the_next_one_waits_for_them(tmp_path):
-    light.write(tmp_path, seeds=(1,), steps=6, step_s=1.0, more=TWO_AT_ONCE)
+    campaigns.write(tmp_path, seeds=(1,), steps=6, step_s=1.0, more=TWO_AT_ONCE)
     process = campaigns.begin(tmp_path, "campaign.toml")
     names = ["grpo+none_s1", "maxrl+none_s1"]
     campaigns.wait_for(lambda: list((tmp_path / "logs").glob("campaign_*")))
@@ -164,7 +163,7 @@ def test_runs_outlive_a_killed_campaign_only_to_save_and_the_next_one_waits_for_
 
 
 def test_a_second_process_may_not_run_the_same_campaign(tmp_path):
-    light.write(tmp_path, seeds=(1,), steps=30, step_s=0.3, more=TWO_AT_ONCE)
+    campaigns.write(tmp_path, seeds=(1,), steps=30, step_s=0.3, more=TWO_AT_ONCE)
     process = campaigns.begin(tmp_path, "campaign.toml")
     campaigns.wait_for(lambda: list((tmp_path / "logs").glob("campaign_*/runs/*/run.json")))
     directory = campaigns.campaign(tmp_path)
@@ -177,7 +176,7 @@ def test_a_second_process_may_not_run_the_same_campaign(tmp_path):
 
 @pytest.mark.slow
 def test_a_directory_that_was_deleted_is_run_again_and_half_a_line_costs_no_record(tmp_path):
-    light.write(tmp_path, seeds=(1,))
+    campaigns.write(tmp_path, seeds=(1,))
     assert campaigns.run(tmp_path, "campaign.toml")[0] == 0
     directory = campaigns.campaign(tmp_path)
     table = (directory / "runs/grpo+none_s1/adapter/table.json").read_bytes()

@@ -30,7 +30,6 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "light")]
 
 import campaigns  # noqa: E402
-import light  # noqa: E402
 from made_campaigns import FIVE, SEEDS, declared, write_campaign  # noqa: E402
 
 Terminal = runpy.run_path(str(HERE.parent / "real" / "test_live.py"))["Terminal"]
@@ -120,7 +119,7 @@ def test_a_frame_reads_the_runs_that_go_on_and_no_other(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_on_a_terminal_the_table_stays_below_the_lines_and_leaves_nothing_behind(tmp_path):
-    light.write(tmp_path, seeds=(1, 2), steps=6, step_s=0.4, more='launcher = "processes"\nmax_workers = 2')
+    campaigns.write(tmp_path, seeds=(1, 2), steps=6, step_s=0.4, more='launcher = "processes"\nmax_workers = 2')
     (tmp_path / "signs/maxrl+none_s1").write_text("raise 2")
     screen, code, height = on_terminal(tmp_path)
     assert code == 1
@@ -135,7 +134,7 @@ def test_on_a_terminal_the_table_stays_below_the_lines_and_leaves_nothing_behind
 
 
 def test_in_a_pipe_there_are_lines_alone(tmp_path):
-    light.write(tmp_path, seeds=(1,), steps=2)
+    campaigns.write(tmp_path, seeds=(1,), steps=2)
     code, said = campaigns.run(tmp_path, "campaign.toml")
     assert code == 0
     assert "\x1b" not in said

@@ -309,7 +309,7 @@ def test_texts(tmp_path: Path) -> None:
 
 def test_flags() -> None:
     accepted = refused = 0
-    for number in range(300):
+    for number in range(400):
         rng = random.Random(20_000 + number)
         setting = rng.choice(list(settings().values()))
         flat = setting.name.replace("_", "-")

@@ -72,3 +72,53 @@ def alive(directory: Path) -> list[int]:
         if b"retrain.campaign.child" in words and any(w.startswith(str(directory).encode()) for w in words):
             found.append(int(path.parent.name))
     return found
+
+
+CAMPAIGN = """
+[model]
+model = "retrain/tiny"
+[backend]
+backend = "light.backend"
+devices = "cpu"
+options = {{ signs = "{folder}/signs", step_s = {step_s} }}
+[inference]
+engine = "light.engine"
+[training]
+batch_size = 2
+group_size = 64
+max_tokens = 1
+temperature = 1.0
+save_every = 1
+[data]
+source = "jsonl"
+path = "{folder}/tasks.jsonl"
+[reward]
+type = "light.reward"
+[plugins]
+search_paths = ["{here}"]
+[logging]
+log_dir = "{folder}/logs"
+[campaign]
+seeds = {seeds}
+max_steps = {steps}
+threads = 1
+{more}
+[[campaign.conditions]]
+advantage_mode = "grpo"
+transform_mode = "none"
+[[campaign.conditions]]
+advantage_mode = "maxrl"
+transform_mode = "none"
+"""
+
+
+def write(folder, *, seeds=(1, 2), steps=3, step_s=0.0, more=""):
+    """The configuration of a campaign of such runs in ``folder``."""
+    (folder / "signs").mkdir(exist_ok=True)
+    rows = [{"question": f"{i} ?", "answer": "7"} for i in range(40)]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "campaign.toml"
+    path.write_text(
+        CAMPAIGN.format(folder=folder, here=Path(__file__).parent, seeds=list(seeds), steps=steps, step_s=step_s, more=more)
+    )
+    return path
