@@ -14,8 +14,8 @@ from retrain.cli import completion, manual, scaffold
 from retrain.cli.commands import COMMANDS
 from retrain.cli.main import main
 from retrain.config.fields import settings
-from retrain.config.load import Override, load
 from retrain.config.flags import flags
+from retrain.config.load import Override, load
 from retrain.config.options import value_of
 from retrain.errors import ConfigError
 

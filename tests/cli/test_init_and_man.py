@@ -87,8 +87,8 @@ def test_man_shows_topics_and_hides_its_markers(capsys: pytest.CaptureFixture[st
     assert main(["man", "--list-topics"]) == 0
     topics = capsys.readouterr().out.split()
     assert topics == [
-        "overview", "quickstart", "commands", "options", "campaigns", "explain", "trace", "doctor", "status", "report", "diff", "why",
-        "replay", "use", "bench", "init", "plugins", "editors", "environment", "exit-codes",
+        "overview", "quickstart", "commands", "options", "campaigns", "explain", "trace", "doctor", "status", "report",
+        "diff", "why", "replay", "use", "bench", "init", "plugins", "editors", "environment", "exit-codes",
     ]  # fmt: skip
     parts: list[str] = []
     for topic in topics:
