@@ -11,7 +11,7 @@ import torch
 
 from retrain.backends import local
 from retrain.engines import torch_engine
-from retrain.errors import EngineError
+from retrain.errors import EngineError, OutOfMemory
 from retrain.renderer import load_renderer
 from retrain.types import NoiseKey, Sampling
 
@@ -258,5 +258,5 @@ def test_requests_survive_that_no_batch_can_be_made(ready, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_new_batch", broken)
-        assert [type(e) for e in asyncio.run(go())] == [MemoryError] * 3
+        assert [type(e) for e in asyncio.run(go())] == [OutOfMemory] * 3
     assert [len(g) for g in asyncio.run(go())] == [1, 1, 1]

@@ -530,6 +530,16 @@ class TestUnprotected:
         (here,), (there,) = score(make(function, isolate=False), "5"), score(make(function), "5")
         assert here.error == there.error
 
+    def test_a_trackers_exit_in_the_place_of_sys_exit_is_not_where_the_reward_left(self, make, monkeypatch):
+        ours = sys.exit
+
+        def exit(code=0):
+            ours(code)
+
+        monkeypatch.setattr(sys, "exit", exit)
+        (here,), (there,) = score(make("leaves", isolate=False), "5"), score(make("leaves"), "5")
+        assert here.error == there.error
+
     def test_order_and_cancellation(self, make):
         reward = make("random_wait", isolate=False)
         assert [s.reward for s in score(reward, *"123")] == [1.0, 2.0, 3.0]
