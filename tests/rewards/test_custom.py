@@ -530,13 +530,20 @@ class TestUnprotected:
         (here,), (there,) = score(make(function, isolate=False), "5"), score(make(function), "5")
         assert here.error == there.error
 
-    def test_a_trackers_exit_in_the_place_of_sys_exit_is_not_where_the_reward_left(self, make, monkeypatch):
-        ours = sys.exit
+    @pytest.mark.parametrize("trackers", [1, 3])
+    def test_a_trackers_exit_in_the_place_of_sys_exit_is_not_where_the_reward_left(
+        self, make, monkeypatch, trackers
+    ):
+        def around(inner):
+            def exit(code=0):
+                inner(code)
 
-        def exit(code=0):
-            ours(code)
+            return exit
 
-        monkeypatch.setattr(sys, "exit", exit)
+        wrapped = sys.exit
+        for _ in range(trackers):
+            wrapped = around(wrapped)
+        monkeypatch.setattr(sys, "exit", wrapped)
         (here,), (there,) = score(make("leaves", isolate=False), "5"), score(make("leaves"), "5")
         assert here.error == there.error
 

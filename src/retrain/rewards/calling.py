@@ -187,9 +187,9 @@ _OWN_FILES = {str(Path(__file__).with_name(name)) for name in ("calling.py", "cu
 
 def summary(error: BaseException) -> str:
     """One line: the exception's type and first line, and where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__, limit=-2)
-    # A tracker puts its own function in sys.exit's place.
-    if isinstance(error, SystemExit) and len(frames) == 2 and frames[-1].name == "exit":
+    frames = traceback.extract_tb(error.__traceback__, limit=-8)
+    # A tracker puts its own function in sys.exit's place, and another one may put its own around that.
+    while isinstance(error, SystemExit) and len(frames) > 1 and frames[-1].name == "exit":
         frames.pop()
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     text = str(error).strip().partition("\n")[0]
