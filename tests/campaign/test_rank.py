@@ -8,6 +8,7 @@ import pytest
 
 from retrain.campaign import manifest, run
 from retrain.config.load import load
+from retrain.errors import ConfigError
 
 CONFIG = """
 [model]
@@ -63,3 +64,13 @@ def test_the_first_run_that_is_done_is_analysed_once(tmp_path, monkeypatch):
     assert run.execute(stored, plain=True).status == "done"
     assert not path.exists()
     assert manifest.read(result.directory).squeeze == found
+
+
+def test_a_campaign_is_refused_where_its_squeeze_would_overwrite_something(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "adapter_model.safetensors").write_text("mine")
+    (tmp_path / "c.toml").write_text(CONFIG.replace("[squeeze]", '[squeeze]\noutput_path = "precious"'))
+    with pytest.raises(ConfigError, match=r"output_path = .*precious' is not empty"):
+        run.execute(load("c.toml"), plain=True)
+    assert not list((tmp_path / "logs").iterdir())

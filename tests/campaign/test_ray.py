@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from retrain.campaign import ray_launcher
+from retrain.campaign import ray_cluster, ray_launcher
 from retrain.errors import ConfigError
 
 pytest.importorskip("ray")
@@ -111,6 +113,22 @@ def test_a_node_that_does_not_see_the_directory_is_named(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_killed_campaigns_left_goes_and_what_others_hold_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "_short_folder", lambda: str(tmp_path))
+    left, old = tmp_path / f"{ray_cluster._SESSION}left", tmp_path / ".seen-0123"
+    for folder in (left, old):
+        folder.mkdir()
+    (left / ray_cluster._HELD).touch()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (tmp_path / f"{ray_cluster._SESSION}link").symlink_to(mine)
+    with ray_cluster._session() as one, ray_cluster._session() as two, ray_launcher._marker(tmp_path) as (seen, _):
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "mine", f"{ray_cluster._SESSION}link", *(Path(path).name for path in (one, two, seen)),
+        }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", f"{ray_cluster._SESSION}link"}
+
+
 class FakeRay:
     """What the launcher asks of Ray, and answers that a test prepares: a value or an error per start."""
 
@@ -127,8 +145,9 @@ class FakeRay:
         class WorkerCrashedError(RayError):
             pass
 
-    def __init__(self, *answers, cpus=2.0):
-        self.answers, self.cpus, self.asked = list(answers), cpus, []
+    def __init__(self, *answers, cpus=2.0, folder=None):
+        self.answers, self.cpus, self.asked, self.folder = list(answers), cpus, [], folder
+        self.has_room = True
 
     def remote(self, function):
         ray = self
@@ -138,8 +157,10 @@ class FakeRay:
                 ray.settings = settings
                 return self
 
-            def remote(self, job, *rest):
+            def remote(self, job, sign, *rest):
                 ray.asked.append(job.name)
+                if ray.folder is not None and ray.has_room:
+                    (ray.folder / sign).write_text("far")
                 return len(ray.asked) - 1
 
         return Remote()
@@ -148,7 +169,7 @@ class FakeRay:
         return [{"Alive": True, "Resources": {"CPU": self.cpus}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
 
     def wait(self, refs, **_):
-        return refs, []
+        return (refs, []) if self.has_room else ([], refs)
 
     def get(self, ref):
         answer = self.answers[ref]
@@ -160,12 +181,21 @@ class FakeRay:
         pass
 
 
-def collected(tmp_path, fake, names=("a", "b"), **settings):
+def tasks_of(tmp_path, fake, names=("a", "b"), patience_s=0.0, **settings):
+    """The tasks of a campaign, and what it is told of them."""
     jobs = [ray_launcher.Job(n, tmp_path / n, tmp_path / n, tmp_path / f"{n}.txt") for n in names]
-    ends = []
+    begun, ends = [], []
     what = ray_launcher.RayTasks(tmp_path, threads=1, **settings)
-    tasks = ray_launcher._Tasks(what, fake, ("", ""), lambda job: None, ends.append, patience_s=0.0)
+    marker = (str(fake.folder or tmp_path), "word")
+    tasks = ray_launcher._Tasks(
+        what, fake, marker, lambda job: begun.append(job.name), ends.append, patience_s=patience_s
+    )
     tasks.waiting.extend((job, 1) for job in jobs)
+    return tasks, begun, ends
+
+
+def collected(tmp_path, fake, names=("a", "b"), **settings):
+    tasks, _, ends = tasks_of(tmp_path, fake, names, **settings)
     for _ in range(20):
         tasks.submit()
         tasks.collect()
@@ -174,17 +204,83 @@ def collected(tmp_path, fake, names=("a", "b"), **settings):
 
 def test_a_run_whose_worker_is_lost_every_time_is_reported_and_the_rest_finish(tmp_path):
     lost, well = FakeRay.exceptions.WorkerCrashedError("the worker died."), ray_launcher._Told("n", 0, 1.0)
-    fake = FakeRay(lost, well, lost, lost)
+    fake = FakeRay(lost, well, lost, lost, folder=tmp_path)
     ends = collected(tmp_path, fake)
     assert fake.asked == ["a", "b", "a", "a"]
-    assert [(e.job.name, e.code) for e in ends] == [("b", 0), ("a", 1)]
-    assert ends[1].why == "its node or worker was lost 3 times: the worker died"
+    # Every start counts in the cost, as one that did not end by itself.
+    assert [(e.job.name, e.code, e.host) for e in ends] == [
+        ("a", -9, "far"), ("b", 0, "n"), ("a", -9, "far"), ("a", -9, "far"),
+    ]  # fmt: skip
+    assert ends[0].why == (
+        "its node or worker was lost (the worker died): it goes on elsewhere from its newest checkpoint, start 2 of at most 3"
+    )
+    assert ends[3].why == "its node or worker was lost 3 times: the worker died"
     assert fake.settings["num_gpus"] == 0
+
+
+def test_a_worker_that_is_lost_before_its_run_began_is_no_start_of_the_run(tmp_path, caplog):
+    lost, well = FakeRay.exceptions.WorkerCrashedError("the worker died."), ray_launcher._Told("n", 0, 1.0)
+    ends = collected(tmp_path, FakeRay(lost, well), names=("a",))
+    assert [(e.job.name, e.code) for e in ends] == [("a", 0)]
+    assert "a: its node or worker was lost (the worker died): it goes on elsewhere" in caplog.text
+
+
+def test_a_run_has_begun_when_its_node_says_so_and_a_full_queue_is_told_once(tmp_path, caplog):
+    caplog.set_level("INFO")
+    well = ray_launcher._Told("n", 0, 1.0)
+    fake = FakeRay(well, well, folder=tmp_path)
+    fake.has_room = False
+    tasks, begun, ends = tasks_of(tmp_path, fake, queued_s=0.05)
+    tasks.submit()
+    tasks.collect()
+    assert (fake.asked, begun, caplog.messages) == (["a", "b"], [], [])
+    time.sleep(0.06)
+    for _ in range(5):
+        tasks.submit()
+        tasks.collect()
+    assert caplog.messages == ["No run has begun: 2 wait in Ray's queue until 1 CPU of a node are free."]
+    (tmp_path / "b.1").write_text("far")
+    tasks.collect()
+    tasks.collect()
+    assert begun == ["b"]
+    # What ended before anything of it was seen has begun all the same.
+    fake.has_room = True
+    tasks.collect()
+    assert (begun, [(e.job.name, e.code) for e in ends]) == (["b", "a"], [("a", 0), ("b", 0)])
+
+
+def test_what_still_waits_in_the_queue_when_the_campaign_stops_has_not_ended(tmp_path):
+    fake = FakeRay(FakeRay.exceptions.TaskCancelledError(), FakeRay.exceptions.TaskCancelledError())
+    fake.has_room = False
+    tasks, begun, ends = tasks_of(tmp_path, fake)
+    tasks.submit()
+    tasks.cancel()
+    fake.has_room = True
+    tasks.collect()
+    assert (begun, ends, tasks.running, len(tasks.waiting)) == ([], [], {}, 0)
+
+
+def test_a_cluster_without_room_is_told_at_once_and_waited_for(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(ray_launcher, "_LOOK_S", 0.0)
+    fake = FakeRay(ray_launcher._Told("n", 0, 1.0), cpus=0.0)
+    tasks, _, ends = tasks_of(tmp_path, fake, names=("a",), patience_s=300.0)
+    for _ in range(3):
+        tasks.submit()
+        tasks.collect()
+    assert caplog.messages == ["No node of the Ray cluster has 1 CPU: waiting up to 5 min 00 s for it to grow."]
+    assert (fake.asked, ends) == ([], [])
+    fake.cpus = 1.0
+    tasks.submit()
+    tasks.collect()
+    assert [e.code for e in ends] == [0]
 
 
 def test_what_no_node_can_take_and_what_its_task_raises_is_reported(tmp_path):
     ends = collected(tmp_path, FakeRay(), gpus=1)
-    assert [(e.code, e.why) for e in ends] == [(1, "no node of the Ray cluster has 1 CPUs and 1 GPUs")] * 2
+    said = (
+        "no node of the Ray cluster has 1 CPU and 1 GPU: add one that has, or use --launcher processes, and go on with --resume"
+    )
+    assert [(e.code, e.why) for e in ends] == [(1, said)] * 2
     wrong = FakeRay.exceptions.RayTaskError("No module named 'retrain'")
     ends = collected(tmp_path, FakeRay(wrong, wrong))
     assert {e.why for e in ends} == {"its task failed: No module named 'retrain'"}
@@ -192,12 +288,42 @@ def test_what_no_node_can_take_and_what_its_task_raises_is_reported(tmp_path):
         collected(tmp_path, FakeRay(ray_launcher._Told("far", None)), names=("a",))
 
 
-def test_ray_that_is_missing_or_does_not_answer_is_said_in_a_line(monkeypatch):
+def test_a_run_asks_for_a_gpu_where_there_may_be_one(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_cluster.cards, "visible", lambda: [])
+    assert ray_cluster.gpus("gpu:0", "") == 0
+    assert ray_cluster.gpus("gpu:0", "10.0.0.5:6379") == 1
+    assert ray_cluster.gpus("cpu", "10.0.0.5:6379") == 0
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
+    assert ray_cluster.gpus("gpu:0", "") == 1
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert ray_cluster.gpus("gpu:0", "") == 0
+    monkeypatch.setattr(ray_cluster.cards, "visible", lambda: ["0"])
+    assert ray_cluster.gpus("gpu:0", "") == 1
+
+
+def test_ray_that_is_missing_is_said_in_a_line(monkeypatch):
     before = signal.getsignal(signal.SIGTERM), dict(os.environ)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"retrain\[ray\]"), ray_launcher._cluster("", 1, 0):
+    with pytest.raises(ConfigError, match=r"retrain\[ray\]"), ray_cluster.cluster("", 1, 0):
         pass
+    with pytest.raises(ConfigError, match=r"retrain\[ray\]"):
+        ray_cluster.check("")
     assert (signal.getsignal(signal.SIGTERM), dict(os.environ)) == before
+
+
+def test_a_campaign_without_ray_begins_no_directory(tmp_path):
+    campaigns.write(tmp_path, more='launcher = "ray"')
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "ray.py").write_text("raise ModuleNotFoundError('No module named ray', name='ray')\n")
+    path = os.pathsep.join(filter(None, (str(blocked), os.environ.get("PYTHONPATH", ""))))
+    code, said = campaigns.run(tmp_path, "campaign.toml", PYTHONPATH=path, RAY_ADDRESS="")
+    assert code == 2, said
+    (line,) = said.strip().splitlines()
+    assert 'pip install "retrain[ray]"' in line
+    assert not (tmp_path / "logs").exists() or not list((tmp_path / "logs").iterdir())
 
 
 def test_an_address_without_a_cluster_is_a_mistake_of_the_configuration(tmp_path):
@@ -206,3 +332,12 @@ def test_an_address_without_a_cluster_is_a_mistake_of_the_configuration(tmp_path
     assert code == 2, said
     assert "no Ray cluster answers at 127.0.0.1:1" in said
     assert "Traceback" not in said
+    assert not (tmp_path / "logs").exists() or not list((tmp_path / "logs").iterdir())
+
+
+def test_an_address_that_fails_a_campaign_which_goes_on_names_the_way_to_go_on(tmp_path):
+    jobs = ray_launcher.RayTasks(tmp_path, threads=1, address="127.0.0.1:1")
+    none = lambda *_: None  # noqa: E731
+    with pytest.raises(ConfigError, match="no Ray cluster answers") as raised:
+        jobs.run([], stop=threading.Event(), begun=none, ended=none, tick=none)
+    assert raised.value.fix.endswith(f"Then go on with: retrain --resume {tmp_path}")

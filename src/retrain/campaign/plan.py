@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from retrain import cards, machine, preflight
+from retrain.campaign import rank
 from retrain.campaign.manifest import Declared, Manifest, settings_digest
 from retrain.campaign.outcomes import run_name
 from retrain.config import campaigns, fields
@@ -207,6 +208,7 @@ def seeded(config: Config, name: str, label: str, seed: int) -> Config:
 def declare(planned: Plan, name: str, *, threads: int, tune: Mapping[str, Any] | None = None) -> Manifest:
     """What is fixed before the first run; reads the held-out tasks for their digest, and loads no model."""
     config, campaign = planned.loaded.config, planned.campaign
+    rank.check(config.squeeze)
     _check_tasks(planned)
     return Manifest(
         Declared(

@@ -13,6 +13,7 @@ from typing import Any
 
 from retrain.campaign.launchers import limits
 from retrain.config.schema import Squeeze
+from retrain.squeeze import folder as output_folder
 from retrain.tracking import layout
 from retrain.tracking.run_log import write_atomically
 
@@ -20,6 +21,18 @@ log = logging.getLogger("retrain")
 
 FOLDER = "squeeze"
 """Inside a campaign's directory: settings, analysis and output of the process."""
+
+
+def output_of(settings: Squeeze) -> Path | None:
+    """Where the compressed adapter goes; None without one."""
+    return Path(settings.output_path).expanduser().absolute() if settings.output_path else None
+
+
+def check(settings: Squeeze | None) -> None:
+    """ConfigError where a new campaign's squeeze would write into a folder that holds something; before its first run."""
+    output = output_of(settings) if settings is not None else None
+    if output is not None:
+        output_folder.check(output)
 
 
 @dataclass(slots=True)
@@ -43,8 +56,8 @@ class Analysis:
         folder.mkdir(exist_ok=True)
         given = self.settings.model_dump(exclude_unset=True)
         given.pop("adapter_path", None)
-        if given.get("output_path"):
-            given["output_path"] = str(Path(given["output_path"]).expanduser().absolute())
+        if output := output_of(self.settings):
+            given["output_path"] = str(output)
         write_atomically(folder / "settings.json", json.dumps(given) + "\n", durable=False)
         words = [str(run / layout.ADAPTER), str(folder / "analysis.json"), str(folder / "settings.json")]
         with self._output().open("ab") as output:

@@ -12,11 +12,8 @@ import platform
 import secrets
 import shutil
 import signal
-import socket
-import tempfile
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,27 +21,29 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from retrain import cards, machine
+from retrain.campaign import ray_cluster
 from retrain.campaign.launchers import Ended, Job, has_ended, let_go, limits, reap, start
+from retrain.campaign.ray_cluster import line
 from retrain.errors import ConfigError
+from retrain.tracking.summary import duration
 
 log = getLogger("retrain")
 
 STARTS = 3
 """How often a run is started whose node or worker is lost."""
+_KILLED = -9
+"""Exit status of a run whose node or worker is lost: it did not end by itself."""
 _POLL_S = 0.2
 _LOOK_S = 5.0
 """Seconds between two looks at what the cluster offers."""
 _PATIENCE_S = 300.0
 """Seconds to wait for a node that could take a run: a cluster that grows by itself needs a while."""
-_STORE_BYTES = 80 << 20
-"""Shared memory of a local cluster; a task returns a few numbers."""
+_QUEUED_S = 30.0
+"""Seconds after which it is said that no run has begun because others use the cluster."""
+_WORD = ".word"
+"""In the marker's folder: what only this campaign wrote."""
 _ITS_OWN = ("RAY_", "CUDA_", "NVIDIA_", "SLURM_", "LD_")
 """Variables of one machine, which mean nothing on another."""
-_ALONE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_USAGE_STATS_PROMPT": "1"}
-_LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_kill_child_processes_on_worker_exit": "false"}
-"""Of a cluster of our own: Ray's switch, on every system, for nodes that no other machine reaches; and runs that a worker
-leaves behind are not killed, because they save and end by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +59,17 @@ class _Told:
 
 @dataclass(slots=True)
 class _Task:
+    """A run that was handed to Ray; ``since`` it was, or since it began on ``host``, "" while it is queued."""
+
     job: Job
     since: float
     starts: int
+    host: str = ""
+
+    @property
+    def sign(self) -> str:
+        """Name of the file by which its node says that it began."""
+        return f"{self.job.name}.{self.starts}"
 
 
 @dataclass(slots=True)
@@ -78,6 +85,7 @@ class RayTasks:
     address: str = ""
     stagger_s: float = 0.0
     patience_s: float = _PATIENCE_S
+    queued_s: float = _QUEUED_S
 
     def run(
         self,
@@ -88,9 +96,17 @@ class RayTasks:
         ended: Callable[[Ended], None],
         tick: Callable[[], None],
     ) -> None:
-        """See ``Launcher``. ConfigError where Ray is missing, no cluster answers, or a node does not see the directory."""
-        with _cluster(self.address, self.threads, self.gpus) as (ray, is_own), _marker(self.directory) as marker:
-            tasks = _Tasks(self, ray, marker, begun, ended, patience_s=0.0 if is_own else self.patience_s)
+        """See ``Launcher``; ``begun`` as the node of a run says that it has. ConfigError where Ray is missing, no cluster
+        answers, or a node does not see the directory."""
+        with contextlib.ExitStack() as stack:
+            try:
+                ray, own = stack.enter_context(ray_cluster.cluster(self.address, self.threads, self.gpus))
+            except ConfigError as error:
+                raise ConfigError(
+                    error.message, fix=f"{error.fix} Then go on with: retrain --resume {self.directory}"
+                ) from error
+            marker = stack.enter_context(_marker(self.directory))
+            tasks = _Tasks(self, ray, marker, begun, ended, patience_s=0.0 if own else self.patience_s)
             tasks.waiting.extend((job, 1) for job in jobs)
             try:
                 while (tasks.waiting and not stop.is_set()) or tasks.running:
@@ -127,6 +143,7 @@ class _Tasks:
         self._same = (marker, what.threads, mine, str(Path.cwd()))
         self._room, self._looked, self._fitted = 0, -float("inf"), time.monotonic()
         self._last = -float("inf")
+        self._is_short = self._is_queued = False
         self._cancelled: set[Any] = set()
 
     def submit(self) -> None:
@@ -135,15 +152,55 @@ class _Tasks:
         if now - self._looked >= _LOOK_S:
             self._room, self._looked = self._fitting(), now
         if self._room:
-            self._fitted = now
+            self._fitted, self._is_short = now, False
         elif now - self._fitted >= self._patience_s:
             self._give_up()
+        elif not self._is_short:
+            self._is_short = True
+            log.warning(
+                "No node of the Ray cluster has %s: waiting up to %s for it to grow.", self._asks, duration(self._patience_s)
+            )
+        self._say_queued(now)
         most = min(self._room, self._what.workers or self._room)
         while self.waiting and len(self.running) < most and time.monotonic() - self._last >= self._what.stagger_s:
             job, starts = self.waiting.popleft()
             self._last = time.monotonic()
-            self.running[self._remote.remote(job, *self._same)] = _Task(job, self._last, starts)
-            self._begun(job)
+            task = _Task(job, self._last, starts)
+            self.running[self._remote.remote(job, task.sign, *self._same)] = task
+
+    @property
+    def _asks(self) -> str:
+        """What a run asks of its node, in words."""
+        asked = {"CPU": self._what.threads, "GPU": self._what.gpus}
+        return " and ".join(f"{n} {name}{'s' * (n > 1)}" for name, n in asked.items() if n)
+
+    def _say_queued(self, now: float) -> None:
+        """Say once that nothing goes on because others use the cluster."""
+        queued = [task for task in self.running.values() if not task.host]
+        if len(queued) < len(self.running) or not queued:
+            self._is_queued = False
+        elif not self._is_queued and self._room and now - min(task.since for task in queued) >= self._what.queued_s:
+            self._is_queued = True
+            log.info(
+                "No run has begun: %d wait%s in Ray's queue until %s of a node are free.",
+                len(queued), "s" * (len(queued) == 1), self._asks,
+            )  # fmt: skip
+
+    def _see_begun(self) -> None:
+        """Take in which runs have begun since the last look."""
+        queued = {task.sign: task for task in self.running.values() if not task.host}
+        if not queued:
+            return
+        folder = Path(self._same[0][0])
+        with contextlib.suppress(OSError):
+            for name in queued.keys() & set(os.listdir(folder)):
+                host = (folder / name).read_text(encoding="utf-8")
+                if host:
+                    self._has_begun(queued[name], host)
+
+    def _has_begun(self, task: _Task, host: str) -> None:
+        task.since, task.host = time.monotonic(), host
+        self._begun(task.job)
 
     def _fitting(self) -> int:
         """How many runs the living nodes could take at once."""
@@ -156,8 +213,9 @@ class _Tasks:
 
     def _give_up(self) -> None:
         """No node can take any run: what waits, here or at Ray, ends."""
-        asks = f"{self._what.threads} CPUs" + (f" and {self._what.gpus} GPUs" if self._what.gpus else "")
-        note = f"no node of the Ray cluster has {asks}"
+        note = (
+            f"no node of the Ray cluster has {self._asks}: add one that has, or use --launcher processes, and go on with --resume"
+        )
         for ref, task in list(self.running.items()):
             with contextlib.suppress(Exception):
                 self._ray.cancel(ref, force=True)
@@ -170,6 +228,7 @@ class _Tasks:
         """Take in the tasks that have ended; ``quietly``: and say nothing of them."""
         if not self.running:
             return
+        self._see_begun()
         done, _ = self._ray.wait(list(self.running), num_returns=len(self.running), timeout=0, fetch_local=True)
         for ref in done:
             task = self.running.pop(ref)
@@ -178,33 +237,44 @@ class _Tasks:
                 self._ended(end)
 
     def _end(self, ref: Any, task: _Task) -> Ended | None:
-        """How a task ended; None where its run is to be started once more."""
+        """How a task ended; None where its run has not begun: then it still waits, or is not wanted any more."""
         errors, lasted = self._ray.exceptions, time.monotonic() - task.since
         try:
             told: _Told = self._ray.get(ref)
         except errors.TaskCancelledError:
-            return Ended(task.job, 130, lasted)
+            return Ended(task.job, 130, lasted, host=task.host) if task.host else None
         except errors.RayTaskError as error:
             # What the task's own code raised, such as a node without this package.
-            return Ended(task.job, 1, lasted, note=f"its task failed: {_line(error.cause or error)}")
+            return Ended(task.job, 1, lasted, note=f"its task failed: {line(error.cause or error)}", host=task.host)
         except errors.RayError as error:
-            if ref in self._cancelled:
-                return Ended(task.job, 130, lasted)
-            if task.starts >= STARTS:
-                return Ended(task.job, 1, lasted, note=f"its node or worker was lost {STARTS} times: {_line(error)}")
-            log.warning(
-                "%s lost its node or worker (%s): it goes on elsewhere from its newest checkpoint, start %d of at most %d.",
-                task.job.name, _line(error), task.starts + 1, STARTS,
-            )  # fmt: skip
-            self._looked = -float("inf")
-            self.waiting.appendleft((task.job, task.starts + 1))
-            return None
+            return self._lost(ref, task, error, lasted)
         if told.code is None:
             raise ConfigError(
                 f"node {told.host} of the Ray cluster does not see {self._what.directory}.",
                 fix="give a --log-dir on a file system that all nodes share.",
             )
+        if not task.host:
+            self._has_begun(task, told.host)
         return Ended(task.job, told.code, told.seconds, told.cpu_s, told.peak_bytes, host=told.host)
+
+    def _lost(self, ref: Any, task: _Task, error: Exception, lasted: float) -> Ended | None:
+        """What becomes of a run whose node or worker is gone: it starts again, unless it did so often or is to stop. What
+        it used besides time is not known."""
+        if ref in self._cancelled:
+            return Ended(task.job, 130, lasted, host=task.host) if task.host else None
+        if task.starts >= STARTS:
+            note = f"its node or worker was lost {STARTS} times: {line(error)}"
+            return Ended(task.job, _KILLED, lasted, note=note, host=task.host)
+        self._looked = -float("inf")
+        self.waiting.appendleft((task.job, task.starts + 1))
+        note = (
+            f"its node or worker was lost ({line(error)}): it goes on elsewhere from its newest checkpoint, start "
+            f"{task.starts + 1} of at most {STARTS}"
+        )
+        if not task.host:
+            log.warning("%s: %s.", task.job.name, note)
+            return None
+        return Ended(task.job, _KILLED, lasted, note=note, host=task.host)
 
     def cancel(self) -> None:
         """Ask every run to finish its step and save; those not begun stay so."""
@@ -215,10 +285,11 @@ class _Tasks:
 
 
 def attend(
-    job: Job, marker: tuple[str, str], threads: int, settings: Mapping[str, str], folder: str
+    job: Job, sign: str, marker: tuple[str, str], threads: int, settings: Mapping[str, str], folder: str
 ) -> _Told:
     """The task, on its node: run the job's process and say how it ended. Ray's cancel, which comes as SIGINT, and the end
-    of the worker close the process's lifeline. ``settings`` are the campaign's environment, for what is unset here."""
+    of the worker close the process's lifeline. The file ``sign`` beside the marker's word tells the campaign that it began.
+    ``settings`` are the campaign's environment, for what is unset here."""
     stop = threading.Event()
     before = signal.signal(signal.SIGINT, lambda number, frame: stop.set())
     try:
@@ -228,6 +299,8 @@ def attend(
         with contextlib.suppress(OSError):
             os.chdir(folder)
         process = start(job, {**settings, **os.environ, **limits(threads)})
+        with contextlib.suppress(OSError):
+            (Path(marker[0]) / sign).write_text(host, encoding="utf-8")
         while not has_ended(process):
             if stop.is_set():
                 let_go(process)
@@ -240,112 +313,24 @@ def attend(
 
 @contextlib.contextmanager
 def _marker(directory: Path) -> Generator[tuple[str, str]]:
-    """A file that says to a node that it sees the campaign's directory and no other of that name."""
+    """A folder by which a node sees the campaign's directory and no other of that name, and says what has begun; and its word.
+    Those of campaigns here that were killed go."""
+    for old in directory.glob(".seen-*"):
+        shutil.rmtree(old, ignore_errors=True)
     path, word = directory / f".seen-{secrets.token_hex(4)}", secrets.token_hex(8)
-    path.write_text(word, encoding="ascii")
+    path.mkdir()
+    (path / _WORD).write_text(word, encoding="ascii")
     try:
         yield str(path), word
     finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_seen(marker: tuple[str, str]) -> bool:
     # A file that another machine has just written may take a moment.
     for _ in range(20):
         with contextlib.suppress(OSError):
-            if Path(marker[0]).read_text(encoding="ascii") == marker[1]:
+            if (Path(marker[0]) / _WORD).read_text(encoding="ascii") == marker[1]:
                 return True
         time.sleep(0.1)
     return False
-
-
-@contextlib.contextmanager
-def _cluster(address: str, threads: int, gpus: int) -> Generator[tuple[Any, bool]]:
-    """Ray, connected, and whether the cluster is this campaign's own."""
-    given = address or os.environ.get("RAY_ADDRESS", "")
-    variables = _ALONE | ({} if given else _LOCAL)
-    environment = {key: os.environ.get(key) for key in variables}
-    # Ray puts handlers of its own in the place of those of the campaign, which save the runs.
-    in_main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
-    os.environ.update(variables)
-    session = "" if given else tempfile.mkdtemp(prefix="retrain-ray-", dir=_short_folder())
-    ray: Any = None
-    is_theirs = False
-    try:
-        try:
-            import ray
-        except ImportError as error:
-            raise ConfigError(
-                'campaign.launcher = "ray" needs the package ray, which is not installed.', fix='pip install "retrain[ray]".'
-            ) from error
-        is_theirs = ray.is_initialized()
-        if not is_theirs:
-            _connect(ray, given, session, threads, gpus)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        yield ray, not given
-    finally:
-        if ray is not None and not is_theirs:
-            with contextlib.suppress(Exception):
-                ray.shutdown()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for key, value in environment.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
-        if session:
-            shutil.rmtree(session, ignore_errors=True)
-
-
-def _connect(ray: Any, given: str, session: str, threads: int, gpus: int) -> None:
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if given:
-            try:
-                _knock(given)
-                ray.init(address=given, **quiet)
-            except Exception as error:
-                raise ConfigError(
-                    f"no Ray cluster answers at {given}: {_line(error)}.",
-                    fix="correct campaign.ray_address or RAY_ADDRESS, or leave both empty for a cluster on this machine.",
-                ) from error
-            return
-        log.info("Starting a Ray cluster on this machine ...")
-        try:
-            ray.init(
-                address="local",
-                num_cpus=max(threads, int(machine.usable_processors())),
-                num_gpus=len(cards.visible()) if gpus else 0,
-                include_dashboard=False,
-                object_store_memory=_STORE_BYTES,
-                _temp_dir=session,
-                **quiet,
-            )
-        except Exception as error:
-            raise ConfigError(
-                f"Ray could not start on this machine: {_line(error)}.", fix='use campaign.launcher = "processes".'
-            ) from error
-
-
-def _knock(address: str) -> None:
-    """OSError where nothing listens at HOST:PORT: Ray itself would end the process."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-
-
-def _short_folder() -> str:
-    """Where sockets can lie: their paths may hold 107 bytes."""
-    folder = tempfile.gettempdir()
-    return folder if len(folder) < 30 else "/tmp"
-
-
-def _line(error: BaseException) -> str:
-    """An error as one line without its end mark."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said[:200].rstrip(". ")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from retrain import cards
-from retrain.campaign import forecast, manifest, outcomes, plan, rank, table, tune
+from retrain.campaign import forecast, manifest, outcomes, plan, rank, ray_cluster, table, tune
 from retrain.campaign.launchers import Ended, Job, Launcher, Processes
 from retrain.campaign.manifest import Manifest
 from retrain.campaign.plan import Plan, PlannedRun
@@ -67,6 +67,8 @@ def execute(
     check_writable(root, "logging.log_dir")
     directory = _new_directory(root)
     planned = plan.plan(plan.anchored(loaded), name=directory.name)
+    if campaigns.launcher(planned.campaign) == "ray":
+        ray_cluster.check(planned.campaign.ray_address)
     told = forecast.forecast(planned)
     forecast.refuse_unfit(planned, told)
     declared = plan.declare(planned, directory.name, threads=told.threads, tune=tune.declared(planned))
@@ -269,7 +271,7 @@ def _launcher(directory: Path, planned: Plan, known: Manifest) -> Launcher:
         return RayTasks(
             directory,
             threads=known.declared.threads,
-            gpus=0 if on_cpu else 1,
+            gpus=ray_cluster.gpus(config.backend.devices, campaign.ray_address),
             workers=campaign.max_workers,
             address=campaign.ray_address,
             stagger_s=campaign.stagger_seconds,

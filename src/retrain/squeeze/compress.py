@@ -18,9 +18,11 @@ import torch
 from retrain.adapter_settings import SETTINGS, WEIGHTS
 from retrain.errors import ConfigError
 from retrain.squeeze.analysis import Analysis, Progress, decompose, device_of, factors
+from retrain.squeeze.folder import same
 from retrain.squeeze.source import Source
 from retrain.squeeze.spectrum import truncated
 from retrain.squeeze.tensors import DTYPES, write
+from retrain.tracking.run_log import write_atomically
 
 
 def _silent(what: str, done: int, total: int) -> None: ...
@@ -57,7 +59,8 @@ def compress(
     device: str = "cpu",
     progress: Progress = _silent,
 ) -> Compressed:
-    """Write the adapter at ``rank`` (1 to the adapter's) into the folder ``directory``.
+    """Write the adapter at ``rank`` (1 to the adapter's) into the folder ``directory``, in place of another one there but
+    never of the analysed one (ConfigError); its files appear when they are whole.
 
     The scale of each layer stays as it was: alpha becomes ``alpha k / r``, with rslora ``alpha sqrt(k / r)``. Where that is no
     whole number, or differs between layers, the nearest whole alpha is written and what it lacks goes into the factors, so
@@ -70,6 +73,8 @@ def compress(
             f"squeeze.compress_to = {rank}, and the adapter has rank {source.rank}.",
             fix=f"name 1 to {source.rank}.",
         )
+    if same(directory.resolve(), source.directory.resolve()):
+        raise ConfigError(f"{directory} holds the adapter that is squeezed.", fix="write to another folder.")
     ranks = {p.name: rank if uniform else min(rank, p.rank) for p in source.pairs}
     exact = {p.name: _alpha(p.scale, ranks[p.name], source.rslora) for p in source.pairs}
     alpha, written = _written(exact, keep_alpha=keep_alpha)
@@ -98,10 +103,15 @@ def compress(
             yield waiting.pop(name)
         progress("compressing", len(source.pairs), len(source.pairs))
 
-    write(directory / WEIGHTS, shapes, dtype, tensors())
     smaller = {p.name: ranks[p.name] for p in source.pairs if ranks[p.name] != rank}
     settings = _settings(source, rank, alpha, smaller, own)
-    (directory / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    weights = directory / f".{WEIGHTS}.tmp"
+    try:
+        write(weights, shapes, dtype, tensors())
+        weights.replace(directory / WEIGHTS)
+    finally:
+        weights.unlink(missing_ok=True)
+    write_atomically(directory / SETTINGS, json.dumps(settings, indent=2, sort_keys=True) + "\n")
     count = sum(int(torch.Size(s).numel()) for s in shapes.values())
     return Compressed(
         directory, rank, alpha, count, (directory / WEIGHTS).stat().st_size, folded, bool(smaller or own)
