@@ -188,6 +188,11 @@ def test_a_gpu_by_number_is_refused_where_each_run_is_given_one(file):
     text = BASE.replace('"cpu"', '"gpu:1"') + "parallel = true\n"
     assert 'retrain.toml:2: backend.devices = "gpu:1": each run sees only the GPU' in refused(file(text))
     load(file(text.replace("parallel = true\n", "")))
+    arm = BASE + "parallel = true\n" + ARM + 'transform_mode = "none"\n' + ARM + 'devices = "gpu:1"\n'
+    assert 'retrain.toml:14: backend.devices = "gpu:1": each run sees only the GPU' in refused(file(arm))
+    load(file(arm.replace("parallel = true\n", "")))
+    tuned = 'tune = { field = "backend.devices", values = ["gpu:0", "gpu:2"], seeds = [1] }\nparallel = true\n'
+    assert 'retrain.toml:10: backend.devices = "gpu:2": each run sees only the GPU' in refused(file(BASE + tuned))
 
 
 def test_what_is_wrong_for_all_conditions_is_said_once_with_its_line(file):
@@ -210,8 +215,8 @@ def test_what_a_shared_setting_means_to_one_condition_names_both(file):
     assert "(Of maxrl+none.)" in text
 
 
-def announced(path: Any) -> list[str]:
-    lines = plan.plan(plan.anchored(load(path)), name="c").announcements
+def announced(path: Any, *overrides: Override) -> list[str]:
+    lines = plan.plan(plan.anchored(load(path, overrides)), name="c").announcements
     return [line.replace(str(path), "retrain.toml") for line in lines]
 
 
@@ -231,6 +236,54 @@ def test_a_shared_setting_that_no_condition_uses_is_announced_once(file):
     assert announced(file(BASE + TWO + sepa)) == []
     (line,) = announced(file(BASE + both + sepa))
     assert line == "retrain.toml:15: sepa.steps does nothing in any condition."
+
+
+RATES = ARM + "lr = 1e-3\n" + ARM + "training.lr = 1e-4\n"
+MODES = ARM + 'advantage_mode = "grpo"\n' + ARM + 'advantage_mode = "maxrl"\n'
+TUNED = "tune = { lr = [1e-3, 1e-2], seeds = [1], max_steps = 2 }\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "flag", "expected"),
+    [
+        (RATES, ("training.lr", 0.5, "--lr"), ["--lr: training.lr does nothing: every condition sets it."]),
+        (RATES + "[training]\nlr = 0.5\n", (), ["retrain.toml:15: training.lr does nothing: every condition sets it."]),
+        (
+            TUNED + TWO, ("training.lr", 0.5, "--lr"),
+            ["--lr: training.lr does nothing: campaign.tune chooses it for every condition."],
+        ),
+        (
+            "", ("algorithm.transform_mode", "gtpo", "--transform-mode"),
+            ["--transform-mode: algorithm.transform_mode does nothing: the five standard conditions set it."],
+        ),
+        # The transform is that of both conditions, the advantage of none.
+        (
+            MODES + '[algorithm]\nadvantage_mode = "grpo"\ntransform_mode = "gtpo"\n', (),
+            ["retrain.toml:15: algorithm.advantage_mode does nothing: every condition sets it."],
+        ),
+        (RATES + ARM, ("training.lr", 0.5, "--lr"), []),
+        (TWO, ("algorithm.transform_mode", "gtpo", "--transform-mode"), []),
+    ],
+)  # fmt: skip
+def test_a_shared_setting_that_every_condition_overrides_is_announced_with_its_place(file, more, flag, expected):
+    said = announced(file(BASE + more), *([Override.of(*flag)] if flag else []))
+    assert [line.partition(" Fix: ")[0] for line in said] == expected
+
+
+def test_conditions_that_compute_the_same_are_announced(file):
+    arms = ARM + ARM + "lr = 4e-5\n" + ARM + "save_every = 3\n" + ARM + "lr = 1e-3\n"
+    first, second = announced(file(BASE + arms))
+    assert first.startswith(
+        "retrain.toml:12: conditions maxrl+gtpo_sepa and maxrl+gtpo_sepa~lr=4e-05 compute the same"
+    )
+    assert second.startswith("retrain.toml:14: conditions maxrl+gtpo_sepa and maxrl+gtpo_sepa~save_every=3")
+
+
+def test_conditions_with_models_of_one_name_in_two_folders_are_not_the_same(file, tmp_path):
+    folders = [tmp_path / "a/final", tmp_path / "b/final"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    assert announced(file(BASE + "".join(f'{ARM}model = "{folder}"\n' for folder in folders))) == []
 
 
 def test_what_a_condition_sets_to_no_effect_is_announced_with_its_name(file):

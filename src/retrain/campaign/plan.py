@@ -120,6 +120,7 @@ def _announcements(loaded: LoadedConfig, arms: Mapping[str, LoadedConfig]) -> tu
             said.setdefault(line.partition(" nothing with ")[0], []).append(line)
             names.setdefault(line, []).append(label)
     found = [line for line in loaded.announcements if line not in alone]
+    found += _overridden(loaded)
     for head, lines in said.items():
         if len(lines) == len(arms):
             found.append(lines[0] if len(set(lines)) == 1 else f"{head} nothing in any condition.")
@@ -129,7 +130,59 @@ def _announcements(loaded: LoadedConfig, arms: Mapping[str, LoadedConfig]) -> tu
                 for line in lines
                 if f"({_OF} " in line or " does nothing" not in line
             ]
+    found += _alike(loaded, arms)
     return tuple(dict.fromkeys(found))
+
+
+def _overridden(loaded: LoadedConfig) -> list[str]:
+    """Shared settings that were written and act in no run, because every condition has a value of its own."""
+    config, campaign = loaded.config, loaded.config.campaign or Campaign()
+    tuned, values = campaigns.tuned(campaign)
+    arms = [campaigns.own(condition, campaign) for condition in campaigns.conditions(config)]
+    found: list[str] = []
+    for key in fields.settings():
+        path = tuple(key.split("."))
+        # The launcher reads the shared device as well.
+        if path[0] == "campaign" or key == "backend.devices" or path not in loaded.places:
+            continue
+        if values and key == tuned:
+            why, fix = "campaign.tune chooses it for every condition", "leave it out, or put the value among those tried"
+        elif all(key in arm for arm in arms):
+            why, fix = "every condition sets it", "leave it out, or change it there"
+            if not campaign.conditions:
+                why, fix = "the five standard conditions set it", "leave it out, or list [[campaign.conditions]] of your own"
+        else:
+            continue
+        place = loaded.where(*path)
+        found.append(f"{place}{': ' if place else ''}{key} does nothing: {why}. Fix: {fix}.")
+    return found
+
+
+def _alike(loaded: LoadedConfig, arms: Mapping[str, LoadedConfig]) -> list[str]:
+    """Conditions whose runs compute the same as those of an earlier one: they may be meant as a test of the comparison
+    itself, and cost the others sensitivity."""
+    campaign = loaded.config.campaign or Campaign()
+    conditions = {condition.label: condition for condition in campaigns.conditions(loaded.config)}
+    found: list[str] = []
+    for at, (label, each) in enumerate(arms.items()):
+        for other in list(arms)[:at]:
+            if not _differing(arms[other].config, each.config):
+                keys = list(conditions[label].settings)
+                place = loaded.where(*campaigns.path_of(conditions[label], campaign, keys[-1]))
+                found.append(
+                    f"{place}{': ' if place else ''}conditions {other} and {label} compute the same: what they set differently "
+                    "changes no step. Their comparison is one of equal runs, and counts among those that share alpha. "
+                    "Fix: remove one, unless you mean to test the comparison itself."
+                )
+                break
+    return found
+
+
+def _differing(one: Config, other: Config) -> list[str]:
+    """What differs between two configurations and changes what a step computes: dotted names with both values."""
+    neutral = tuple(key for key in preflight.NEUTRAL_ON_RESUME if key != "training.max_steps")
+    changed = preflight.changed_settings(one.model_dump(by_alias=True), other.model_dump(by_alias=True))
+    return [name for name in changed if not name.startswith((*neutral, "training.seed", "campaign", "squeeze"))]
 
 
 _OF = "condition"

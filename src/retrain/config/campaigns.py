@@ -154,6 +154,13 @@ def path_of(condition: Condition, campaign: Campaign, key: str) -> KeyPath:
     return ("campaign", "tune", {"training.max_steps": "max_steps"}.get(key, "split"))
 
 
+def own(condition: Condition, campaign: Campaign) -> frozenset[str]:
+    """The dotted keys that a condition states itself: modes that it leaves out are those that all share."""
+    if condition.index < 0:
+        return frozenset(condition.settings)
+    return frozenset(key for key, _, _ in _flat(campaign.conditions[condition.index]))
+
+
 def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any, KeyPath]]:
     """(dotted key, value, path inside the table) of every setting; the key is "" where there is no such setting."""
     for written, value in table.items():
@@ -370,11 +377,8 @@ def _check_launch(config: Config, campaign: Campaign) -> Iterator[Problem]:
                     ("campaign", key), f"campaign.{key} does nothing while the runs go one after the other.",
                     "set parallel = true, or leave it out.", note=True,
                 )  # fmt: skip
-    if how != "serial" and re.fullmatch(r"gpu:0*[1-9]\d*", config.backend.devices):
-        yield Problem(
-            ("backend", "devices"), f"backend.devices = {literal(config.backend.devices)}: each run sees only the GPU that it is "
-            f'given by launcher = "{how}".', 'write "gpu:0"; CUDA_VISIBLE_DEVICES says which GPUs runs may have.',
-        )  # fmt: skip
+    if how != "serial":
+        yield from _check_devices(config, campaign, how)
     if campaign.deviation and campaign.pilot:
         yield Problem(
             ("campaign", "pilot"), "campaign.deviation and campaign.pilot say the same thing.", "give one of them."
@@ -384,6 +388,22 @@ def _check_launch(config: Config, campaign: Campaign) -> Iterator[Problem]:
             ("campaign", "ray_address"), f'campaign.ray_address does nothing with launcher = "{how}".',
             'write launcher = "ray", or leave it out.',
         )  # fmt: skip
+
+
+def _check_devices(config: Config, campaign: Campaign, how: str) -> Iterator[Problem]:
+    key = "backend.devices"
+    stated: list[tuple[KeyPath, Any]] = [(("backend", "devices"), config.backend.devices)]
+    stated += [
+        (path_of(arm, campaign, key), arm.settings[key]) for arm in conditions(config) if key in arm.settings
+    ]
+    name, values = tuned(campaign)
+    stated += [(("campaign", "tune", "values"), value) for value in values if name == key]
+    for place, devices in stated:
+        if isinstance(devices, str) and re.fullmatch(r"gpu:0*[1-9]\d*", devices):
+            yield Problem(
+                place, f"backend.devices = {literal(devices)}: each run sees only the GPU that it is given by "
+                f'launcher = "{how}".', 'write "gpu:0"; CUDA_VISIBLE_DEVICES says which GPUs runs may have.',
+            )  # fmt: skip
 
 
 def _check_tune(config: Config, campaign: Campaign) -> Iterator[Problem]:
