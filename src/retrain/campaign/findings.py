@@ -13,11 +13,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from retrain.campaign import cautions, manifest, outcomes, procedure, reading, tune
+from retrain.campaign import cautions, effects, manifest, outcomes, procedure, reading, tune
 from retrain.campaign.manifest import Declared, Manifest
 from retrain.campaign.outcomes import RunOutcome
 from retrain.campaign.reading import Reading
-from retrain.campaign.statistics import Analysis, Design, Reach, analyse, reach
+from retrain.campaign.statistics import Analysis, Comparison, Design, Reach, analyse, reach
 from retrain.tracking import layout
 from retrain.tracking.read import find_runs, lines
 from retrain.tracking.vitals import number
@@ -119,10 +119,12 @@ def gather(directory: Path) -> Findings:
     declared = found.declared
     runs = outcomes.gather(directory, found)
     readings = {run.name: reading.read(run, declared) for run in runs if run.state != "waiting"}
-    analysis = _analyse(runs, declared, declared.seeds, exploratory=False)
+    config = _config(directory / layout.CONFIG)
+    idle = effects.without_effect(effects.settings(config, declared, found.chosen), declared, runs, readings)
+    analysis = _analyse(runs, declared, declared.seeds, idle, exploratory=False)
     exploratory = None
     if found.added and all(map(finished, runs)):
-        exploratory = _analyse(runs, declared, found.seeds, exploratory=True)
+        exploratory = _analyse(runs, declared, found.seeds, idle, exploratory=True)
     return Findings(
         directory=directory,
         manifest=found,
@@ -130,17 +132,22 @@ def gather(directory: Path) -> Findings:
         readings=readings,
         analysis=analysis,
         exploratory=exploratory,
-        config=_config(directory / layout.CONFIG),
+        config=config,
         processes=_processes(directory / layout.CAMPAIGN_PROCESSES),
         trials=tuple(_trials(directory / layout.CAMPAIGN_TRIALS)),
         tried=tune.trials(directory, found) if (declared.tune or {}).get("evaluation") is not None else (),
-        warnings=(*cautions.warnings(directory, found, runs, readings), *analysis.warnings * bool(analysis.look)),
+        warnings=(
+            *(f"{label}: {text}" for label, text in idle.items()),
+            *cautions.warnings(directory, found, runs, readings),
+            *analysis.warnings * bool(analysis.look),
+        ),
     )
 
 
 def _analyse(
-    runs: Sequence[RunOutcome], declared: Declared, seeds: Sequence[int], *, exploratory: bool
+    runs: Sequence[RunOutcome], declared: Declared, seeds: Sequence[int], idle: Mapping[str, str], *, exploratory: bool
 ) -> Analysis:
+    """``idle`` says of conditions which part of their method did not act."""
     values: dict[str, dict[int, float | None]] = {label: {} for label in declared.conditions}
     variances: dict[str, dict[int, float | None]] = {label: {} for label in declared.conditions}
     by_key = {(run.condition, run.seed): run for run in runs}
@@ -160,11 +167,13 @@ def _analyse(
     if not found.look and not exploratory:
         return found
     used = [run for run in runs if run.seed in found.seeds]
-    told = tuple(
-        replace(each, text=" ".join(filter(None, (each.text, cautions.broken(used, (each.label, each.baseline))))))
-        for each in found.comparisons
-    )
-    return replace(found, comparisons=told)
+    told: list[Comparison] = []
+    for each in found.comparisons:
+        both = (each.label, each.baseline)
+        said = [each.text, cautions.broken(used, both)]
+        said += [idle[label] if label == each.label else f"{label}: {idle[label]}" for label in both if label in idle]
+        told.append(replace(each, text=" ".join(filter(None, said))))
+    return replace(found, comparisons=tuple(told))
 
 
 def metrics(findings: Findings) -> list[Metric]:

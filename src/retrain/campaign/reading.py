@@ -46,12 +46,17 @@ _NO_RESULT = ("_low", "_high", "/tasks", "/samples", "/errors", "/time_s", "/pas
 class Reading:
     """One run. ``curves`` maps a metric to its values at the steps of ``grid``, shape (G,), NaN where the run has not been
     yet: means of the last ``window`` steps. ``late`` are means over the last fifth of the run's steps, ``evaluated`` over
-    the evaluations that count. ``facts`` are what run.json records."""
+    the evaluations that count. ``facts`` are what run.json records. Of the steps that were read: ``most_lambda`` is the
+    largest lambda of SEPA, ``gate_shut`` whether its gate never opened, ``has_planning`` whether any token counted as
+    planning; None where the run does not record it."""
 
     curves: Mapping[str, Series]
     late: Mapping[str, float]
     evaluated: Mapping[str, float]
     facts: Mapping[str, str]
+    most_lambda: float | None = None
+    gate_shut: bool | None = None
+    has_planning: bool | None = None
 
 
 def grid(max_steps: int) -> Series:
@@ -67,6 +72,9 @@ def read(outcome: RunOutcome, declared: Declared) -> Reading:
     done = array("d")
     columns = {name: array("d") for name in CURVES}
     evaluations: list[dict[str, Any]] = []
+    most_lambda: float | None = None
+    gate_shut: bool | None = None
+    has_planning: bool | None = None
     for index, row in _rows(path / layout.METRICS, each, int(late_from)):
         if index is None:
             evaluations.append(row)
@@ -76,6 +84,12 @@ def read(outcome: RunOutcome, declared: Declared) -> Reading:
         for name, column in columns.items():
             value = row.get(name)
             column.append(value if isinstance(value, int | float) and math.isfinite(value) else math.nan)
+        if (strength := number(row, "sepa_lambda")) is not None:
+            most_lambda = max(strength, most_lambda or 0.0)
+        if "sepa_gate_open" in row:
+            gate_shut = gate_shut is not False and not row["sepa_gate_open"]
+        if "plan_surprisal_mean" in row:
+            has_planning = bool(has_planning) or row["plan_surprisal_mean"] is not None
     steps = np.array(done)
     known = {name: np.array(column) for name, column in columns.items()}
     broke_off = outcome.state == "failed"
@@ -88,6 +102,9 @@ def read(outcome: RunOutcome, declared: Declared) -> Reading:
         late={name: mean for name, values in known.items() if not math.isnan(mean := _mean(values[last]))},
         evaluated=_evaluated(evaluations, late_from, most, broke_off=broke_off),
         facts={str(k): str(v) for k, v in cast("dict[Any, Any]", facts).items()} if isinstance(facts, dict) else {},
+        most_lambda=most_lambda,
+        gate_shut=gate_shut,
+        has_planning=has_planning,
     )
 
 
