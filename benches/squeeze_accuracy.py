@@ -22,9 +22,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t
+
 HERE = Path(__file__).resolve().parent
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Two-sided 95 % quantiles of Student's t by degrees of freedom."""
 
 
 def retrain(*words: str) -> str:
@@ -74,7 +74,7 @@ def main() -> None:
         rows = [one(place, Path(templates.path_of("tiny")), seed, args) for seed in args.seeds]
     changes = [row["change"]["mean"] for row in rows]
     mean = statistics.fmean(changes)
-    half = T95[len(rows) - 1] * statistics.stdev(changes) / len(rows) ** 0.5 if len(rows) > 1 else None
+    half = float(t.ppf(0.975, len(rows) - 1)) * statistics.stdev(changes) / len(rows) ** 0.5 if len(rows) > 1 else None
     record = {
         "keep": args.keep, "rows": rows, "mean_change": mean, "low": None if half is None else mean - half,
         "high": None if half is None else mean + half, "cores": os.cpu_count(), "python": platform.python_version(),
