@@ -240,6 +240,8 @@ def test_training_on_continues_from_the_compressed_adapter(
             "--eval",
             "--lr",
             "1e-4",
+            "--log-dir",
+            str(tmp_path / "small-cont"),
             "--json",
         )
     )
@@ -311,6 +313,9 @@ def test_what_a_squeeze_cannot_be_is_one_line(
     assert re.search(line, refused(str(tmp_path / "c.toml")))
 
 
+ON = ["squeeze", "run", "--out", "never", "--rank", "3", "--cont", "2", "--eval", "--json"]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -324,11 +329,29 @@ def test_what_a_squeeze_cannot_be_is_one_line(
         (["squeeze", "run/adapter", "--checkpoint", "1"], "is no run"),
         (["squeeze", "run", "--eval", "--lr", "3"], "--lr does nothing"),
         (["squeeze", "run", "--html", "no/such/place.html"], "cannot be written there"),
+        (["squeeze", "run", "--html", "page.txt"], "page.txt is no name of a page"),
+        ([*ON, "--keep-alpha"], "--keep-alpha writes what a run cannot start from"),
+        ([*ON, "--lr", "banana"], "--training.lr: .*above 0"),
+        ([*ON, "--lora-rank", "9"], "--lora-rank cannot be given with --cont: --rank names"),
+        ([*ON, "--max-steps", "9"], "--max-steps cannot be given with --cont"),
+        ([*ON, "--log-dir", "run"], "already holds a run.* with --log-dir"),
         (["retrain.toml", "--device", "cpu"], "--devices names the device of a run"),
     ],
 )
 def test_wrong_lines_are_refused(refused: Callable[..., str], words: list[str], line: str) -> None:
     assert re.search(line, refused(*words))
+    assert not Path("never").exists()
+
+
+def test_a_further_run_that_fails_leaves_the_record(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["squeeze", "run", "--rank", "3", "--out", str(tmp_path / "out"), "--cont", "1", "--json"]
+    assert main([*words, "--source", "no/such.jsonl"]) == 2
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert (record["compressed"]["rank"], record["trained"]["exit_code"]) == (3, 2)
+    assert record["trained"]["error"] in err
 
 
 @pytest.mark.parametrize("command", ["bench", "doctor", "trace"])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from retrain.cli import streams
 from retrain.cli.squeezing import Job, accuracies, evaluate, evaluate_again, line_cleared, progress, show
 from retrain.cli.verb import at_once_on_interrupt, own_flags, quiet_loading, whole_number
-from retrain.errors import UsageError
+from retrain.errors import ConfigError, RetrainError, UsageError
 
 if TYPE_CHECKING:
     from retrain.squeeze.analysis import Analysis
@@ -71,7 +71,9 @@ def squeeze(arguments: Sequence[str]) -> int:
         job = _job(rest, own)
         with at_once_on_interrupt(), tempfile.TemporaryDirectory(prefix="retrain-squeeze-") as temporary:
             record, written = _squeezed(job, Path(temporary))
-        command = _continuing(job, written, steps) if written is not None else []
+        command: list[str] = []
+        if written is not None and _begins(job, written):
+            command = _continuing(job, written.directory, written.rank, written.alpha, steps)
         if command:
             record["train_on"] = shlex.join(["retrain", *command])
         if "--json" in own and not steps:
@@ -80,17 +82,28 @@ def squeeze(arguments: Sequence[str]) -> int:
             out.line(_report(record, hint=not steps))
         if not steps:
             return 0
-        from retrain.cli.run import run
+        return _train_on(job, record, command, out)
 
-        print(f"\nTraining on: {record['train_on']}", flush=True)
-        code = run(command)
-        if code == 0 and "--eval" in own:
-            evaluate_again(job, record, Path(command[command.index("--log-dir") + 1]))
-            if "--json" not in own:
+
+def _train_on(job: Job, record: dict[str, Any], command: Sequence[str], out: streams.Results) -> int:
+    """Train the compressed adapter on and evaluate it again; with --json the record is written whatever comes of that."""
+    from retrain.cli.run import run
+
+    print(f"\nTraining on: {record['train_on']}", flush=True)
+    trained: dict[str, Any] = {"steps": int(job.flags["--cont"]), "exit_code": 0}
+    try:
+        trained["exit_code"] = run(command)
+        if trained["exit_code"] == 0 and "--eval" in job.flags:
+            evaluate_again(job, record, _log_dir(job))
+            if "--json" not in job.flags:
                 out.line("\n" + "\n".join(accuracies(record)))
-        if "--json" in own:
-            _record(out, {**record, "trained": {"steps": steps, "exit_code": code}})
-        return code
+    except RetrainError as error:
+        trained |= {"exit_code": error.exit_code, "error": str(error)}
+        raise
+    finally:
+        if "--json" in job.flags:
+            _record(out, {**record, "trained": trained})
+    return trained["exit_code"]
 
 
 def _record(out: streams.Results, record: Mapping[str, Any]) -> None:
@@ -183,6 +196,8 @@ def _check(job: Job) -> None:
         raise UsageError("--cont needs a run and --output.", fix="retrain squeeze RUN --output DIR --cont N.")
     if "--html" in flags:
         page = Path(flags["--html"])
+        if page.suffix not in (".html", ".htm"):
+            raise UsageError(f"--html {page} is no name of a page.", fix="end it with .html.")
         if page.is_dir() or not page.absolute().parent.is_dir():
             raise UsageError(
                 f"--html {page} cannot be written there.", fix="name a file in a folder that exists."
@@ -191,6 +206,8 @@ def _check(job: Job) -> None:
         from retrain import export_folder
 
         export_folder.check(_output(job), _subject(job), _base(job), overwrite="--overwrite" in flags)
+    if "--cont" in flags:
+        _check_continuing(job)
 
 
 def _output(job: Job) -> Path:
@@ -290,38 +307,74 @@ def _write(job: Job, found: Analysis, rank: int, record: dict[str, Any]) -> Comp
     return written
 
 
-def _continuing(job: Job, written: Compressed, steps: int) -> list[str]:
-    """The command line that trains the compressed adapter on, as its run was; empty where a run cannot start from it."""
-    if (
-        job.run is None
-        or job.run.directory is None
-        or written.patterns
-        or not float(written.alpha).is_integer()
-    ):
-        return []
+def _begins(job: Job, written: Compressed) -> bool:
+    """Can a run with the settings of the squeezed one begin at what was written?"""
+    is_whole = not written.patterns and float(written.alpha).is_integer()
+    return job.run is not None and job.run.directory is not None and is_whole
+
+
+def _log_dir(job: Job) -> Path:
+    """Where the compressed adapter is trained on."""
+    from retrain.preflight import expanded
+
+    given = [o.value for o in job.more if o.path == ("logging", "log_dir")]
+    return expanded(str(given[-1]), "logging.log_dir") if given else Path(f"{_output(job)}-cont")
+
+
+def _continuing(job: Job, directory: Path, rank: int, alpha: float, steps: int) -> list[str]:
+    """The command line that trains the adapter in ``directory`` on, as its run was, for ``steps`` (0: a tenth of its)."""
+    assert job.run is not None  # an adapter alone has no settings to train with
+    assert job.run.directory is not None
     settings = job.run.settings
     rslora = str(bool(settings.get("lora", {}).get("rslora"))).lower()
     trained = settings.get("training", {}).get("max_steps", 0)
-    words = [str(job.run.directory / "config.toml"), "--init-from", str(written.directory)]
-    words += [
-        "--lora-rank",
-        str(written.rank),
-        "--lora.alpha",
-        str(int(written.alpha)),
-        "--lora.rslora",
-        rslora,
-    ]
-    words += ["--max-steps", str(steps or max(1, trained // 10)), "--log-dir", f"{written.directory}-cont"]
-    if settings.get("backend", {}).get("adapter_path"):
+    words = [str(job.run.directory / "config.toml"), "--init-from", str(directory), "--lora-rank", str(rank)]
+    words += ["--lora.alpha", str(int(alpha)), "--lora.rslora", rslora]
+    words += ["--max-steps", str(steps or max(1, trained // 10)), "--log-dir", str(_log_dir(job))]
+    if settings.get("backend", {}).get("adapter_path") and not _gives(job, "backend", "adapter_path"):
         words += ["--backend.adapter_path", ""]  # the run's own, which this one must not replace
     if steps:
-        for o in job.more:
-            words += [f"--{'.'.join(o.path)}={_text(o.value)}"]
-        given = {o.path for o in job.more}
-        if ("logging", "log_dir") in given:
-            at = words.index("--log-dir")
-            del words[at : at + 2]
+        words += [f"--{'.'.join(o.path)}={_text(o.value)}" for o in job.more if o.path != ("logging", "log_dir")]
     return words
+
+
+def _gives(job: Job, *path: str) -> bool:
+    return any(o.path == path for o in job.more)
+
+
+_SET_BY_US: dict[tuple[str, ...], str] = {
+    ("model", "lora_rank"): "--rank names the compressed adapter's",
+    ("lora", "alpha"): "the compressed adapter brings its own",
+    ("lora", "rslora"): "the compressed adapter brings its own",
+    ("lora", "init_from"): "the run begins at the compressed adapter",
+    ("training", "max_steps"): "--cont says how many steps",
+    ("resume", "from"): "the run begins at the compressed adapter",
+}
+"""Settings of the further run that follow from the squeeze."""
+
+
+def _check_continuing(job: Job) -> None:
+    """What --cont will run, before any work: its settings and its directory."""
+    from retrain import preflight
+    from retrain.config.load import load
+    from retrain.config.options import parse
+
+    if "--keep-alpha" in job.flags:
+        raise UsageError(
+            "--keep-alpha writes what a run cannot start from, and --cont starts one.", fix="leave out one of them."
+        )
+    for o in job.more:
+        if o.path in _SET_BY_US:
+            raise UsageError(f"{o.flag} cannot be given with --cont: {_SET_BY_US[o.path]}.", fix="leave it out.")
+    assert job.run is not None
+    rank = job.settings.compress_to or int(job.run.settings.get("model", {}).get("lora_rank") or 1)
+    line = parse(_continuing(job, _output(job), rank, 1, int(job.flags["--cont"])))
+    config = load(Path(str(line.config)), line.overrides).config
+    try:
+        place = preflight.choose_directory(config, overwrite=False, fork=False)
+    except ConfigError as error:
+        raise UsageError(error.message, fix="name another with --log-dir.") from error  # its advice is for a run
+    preflight.check_writable(place.directory, "logging.log_dir", make=False)
 
 
 def _text(value: object) -> str:
