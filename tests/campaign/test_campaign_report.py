@@ -97,6 +97,9 @@ def test_every_section_of_a_finished_campaign_is_there(told):
     assert 'id="plot-forest"' in page
     assert 'id="plot-strip"' in page
     assert told["plots"] == page.count('class="plot"')
+    assert "| Least p that flips allow | " in twin
+    assert "2 / 2^k with k seeds at which the two conditions differ" in twin.replace("\\^", "^")
+    assert "| Skewed and unequal |" in twin
 
 
 def test_nothing_is_judged_before_the_first_declared_look_is_complete(tmp_path):
@@ -295,6 +298,58 @@ def test_settings_that_look_like_secrets_are_hidden(tmp_path):
     for text in both(report.write(campaign)):
         assert "not_for_others" not in text
         assert "hidden: it holds what looks like a secret" in text
+
+
+FULL = """[model]
+model = "retrain/tiny"
+[algorithm]
+advantage_mode = "maxrl"
+transform_mode = "gtpo_sepa"
+[training]
+seed = -1
+max_steps = 500
+lr = 0.001
+[sepa]
+steps = 500
+delay_steps = 2
+"""
+
+
+def test_settings_name_what_runs_had_and_a_dash_where_a_condition_does_not_use_it(tmp_path):
+    design = declared(("grpo+none", "maxrl+gtpo_sepa"), seeds=(1, 2))
+    design.conditions["maxrl+gtpo_sepa"]["sepa.steps"] = 4
+    campaign = write_campaign(tmp_path / "c", design)
+    (campaign / "config.toml").write_text(FULL)
+    _, twin = both(report.write(campaign))
+    assert "| sepa.steps | \u2013 | 4 |" in twin.replace("\\_", "_")
+    settings = twin[twin.index("## Settings") : twin.index("## Cost")].replace("\\_", "_")
+    assert "\u2013: the condition does not use it." in settings
+    assert "| training.max_steps" not in settings
+    assert "| training.seed" not in settings
+    assert "Each run has its own training.seed (2 seeds) and 40 steps, as declared." in settings
+    assert "| training.lr | 0.001 |" in settings
+    assert "| sepa.delay_steps | 2 |" in settings
+
+
+def test_no_interval_of_a_speed_reaches_below_0_and_rounding_is_not_drawn(tmp_path):
+    campaign = write_campaign(tmp_path / "c", declared(TWO, seeds=(1, 2)))
+    for k, metrics in enumerate(sorted(campaign.glob("runs/*/metrics.jsonl"))):
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        for row in rows:
+            if "batch_size" in row:
+                row |= {"tokens_per_second": 100.0 if k % 2 else 3000.0, "approx_kl": 3e-12 * (1 + 0.1 * k)}
+        metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = report.write(campaign)
+    _, twin = both(made)
+    assert next(m for m in made["metrics"] if m["name"] == "tokens_per_second")["low"] < 0
+    (line,) = [line for line in twin.splitlines() if line.startswith("- **Sampling speed** (plot)")]
+    assert "(0 to " in line
+    assert "-" not in line.removeprefix("- ")
+    row = next(line for line in twin.splitlines() if line.startswith("| Sampling speed"))
+    assert "| 0 to " in row
+    assert all(m["name"] != "approx_kl" for m in made["metrics"])
+    assert "KL, sampler to learner** (plot)" not in twin
+    assert "KL, sampler to learner: at most 3.9e-12 nats per token, which is rounding, and not drawn." in twin
 
 
 def test_a_changed_manifest_is_refused_in_one_line(tmp_path, capsys):

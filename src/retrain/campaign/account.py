@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from retrain.campaign import manifest, words
+from retrain.campaign import effects, manifest, words
 from retrain.campaign.cautions import runs_of
 from retrain.campaign.findings import Findings
 from retrain.campaign.outcomes import RunOutcome, counts
@@ -16,6 +16,8 @@ from retrain.report.gather import clock
 
 _LISTED = 40
 """Runs that are listed by name; more of them are counted."""
+_OF_A_RUN = ("training.seed", "training.max_steps")
+"""Settings that the campaign gives each run; what its configuration says of them no run has."""
 
 
 def states(campaign: Findings) -> Table:
@@ -177,26 +179,23 @@ def _trials(campaign: Findings, field: str) -> Table | None:
 
 
 def configurations(campaign: Findings) -> tuple[Table, Table | None]:
-    """What differs between the conditions, and what all runs share."""
-    shared = dict(flat({k: v for k, v in campaign.config.items() if k not in ("campaign", "logging", "resume")}))
-    tuned = str((campaign.declared.tune or {}).get("field", ""))
-    arms: dict[str, dict[str, str]] = {}
-    for label, settings in campaign.declared.conditions.items():
-        given = dict(settings)
-        if tuned and label in campaign.manifest.chosen:
-            given[tuned] = campaign.manifest.chosen[label]
-        arms[label] = dict(_dotted(given))
-    names = dict.fromkeys(name for one in arms.values() for name in one)
-    rows = [
-        (name, *(one.get(name, shared.get(name, "as all")) for one in arms.values()))
-        for name in names
-        if len({one.get(name, shared.get(name)) for one in arms.values()}) > 1
-    ]
-    rest = tuple((name, value) for name, value in shared.items() if name not in {row[0] for row in rows})
-    return (
-        Table(("Setting", *arms), tuple(rows)),
-        Table(("Setting", "Value"), rest, note="Besides training.seed and training.max_steps.") if rest else None,
+    """What differs between the conditions, with a dash where a condition does not use it, and what all runs share."""
+    given = effects.settings(campaign.config, campaign.declared, campaign.manifest.chosen)
+    arms = {label: dict(_dotted(one)) for label, one in given.items()}
+    own = dict.fromkeys(name for settings in campaign.declared.conditions.values() for name, _ in _dotted(settings))
+    own |= dict.fromkeys([str((campaign.declared.tune or {}).get("field", ""))])
+    differ = [name for name in own if len({one.get(name) for one in arms.values()}) > 1]
+    unused = {label: effects.unused(one) if differ else frozenset[str]() for label, one in given.items()}
+    rows = tuple(
+        (name, *("\u2013" if name in unused[label] else one.get(name, "as all") for label, one in arms.items()))
+        for name in differ
     )
+    shared = dict(flat({k: v for k, v in campaign.config.items() if k not in effects.OWN}))
+    rest = tuple((name, value) for name, value in shared.items() if name not in differ and name not in _OF_A_RUN)
+    note = "\u2013: the condition does not use it." if any("\u2013" in row for row in rows) else ""
+    seeds, steps = len(campaign.manifest.seeds), campaign.declared.max_steps
+    besides = f"Each run has its own training.seed ({seeds} seeds) and {steps:,} steps, as declared."
+    return Table(("Setting", *arms), rows, note=note), Table(("Setting", "Value"), rest, note=besides) if rest else None
 
 
 def versions(campaign: Findings) -> Table:

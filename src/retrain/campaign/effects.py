@@ -10,8 +10,9 @@ from retrain.campaign.manifest import Declared
 from retrain.campaign.outcomes import RunOutcome
 from retrain.campaign.reading import Reading
 from retrain.config import names
+from retrain.errors import RetrainError
 
-_OWN = ("campaign", "logging", "resume")
+OWN = ("campaign", "logging", "resume")
 """Sections of the campaign's own configuration that are no settings of its runs."""
 
 
@@ -22,13 +23,30 @@ def settings(config: Mapping[str, Any], declared: Declared, chosen: Mapping[str,
     shared = {
         f"{section}.{name}": value
         for section, table in config.items()
-        if section not in _OWN and isinstance(table, dict)
+        if section not in OWN and isinstance(table, dict)
         for name, value in cast("dict[str, Any]", table).items()
     }
     return {
         label: {**shared, **own, **({tuned: chosen[label]} if tuned and label in chosen else {})}
         for label, own in declared.conditions.items()
     }
+
+
+def unused(given: Mapping[str, Any]) -> frozenset[str]:
+    """Which of a condition's settings do nothing beside its others; none where they cannot be read, as with a plug-in that is
+    gone."""
+    # Loading a configuration takes pydantic, which a look at a campaign has no need of.
+    from retrain.config.idle import idle
+    from retrain.config.load import load_config
+
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in given.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    try:
+        return frozenset(idle(load_config(sections)))
+    except (RetrainError, ValueError):
+        return frozenset()
 
 
 def without_effect(

@@ -27,6 +27,8 @@ _ROW = 72
 """Pixels of a row of the plots that have a row for each condition; its text stands above its marks."""
 _ONE_LINE = 36
 """Characters of a row's text that fit a phone beside its numbers; a longer one takes two lines."""
+_NOT_NEGATIVE = frozenset({"tokens", "tokens/s", "s", "nats per token"})
+"""Units of which no value is below 0."""
 _SEED_POINTS = 12_000
 """Points that the lines of single seeds may have in one plot."""
 Matrix = npt.NDArray[np.float64]
@@ -76,10 +78,12 @@ def band(values: Matrix, alpha: float = 0.05) -> tuple[Matrix, Matrix, Matrix, M
     return mean, mean - half, mean + half, count.astype(np.float64)
 
 
-def shown_share(low: Any, high: Any) -> tuple[Any, Any]:
-    """Ends of the interval of a share, numbers or arrays, as they are shown: cut to 0..1, beyond which no share lies. The
-    tests use the uncut ones. NaN stays."""
-    return np.clip(low, 0.0, 1.0), np.clip(high, 0.0, 1.0)
+def shown_ends(low: Any, high: Any, unit: str) -> tuple[Any, Any]:
+    """Ends of an interval of a metric, numbers or arrays, as they are shown: cut to what its values can be, a share to 0..1, a
+    time, a length, a speed or an entropy to 0 and above. The tests use the uncut ones. NaN stays."""
+    if unit == "share":
+        return np.clip(low, 0.0, 1.0), np.clip(high, 0.0, 1.0)
+    return (np.maximum(low, 0.0), high) if unit in _NOT_NEGATIVE else (low, high)
 
 
 def curves(metric: Curves, drawn: Mapping[str, Look], *, seeds: bool, share: bool, marks: bool, note: str) -> Plot | None:
@@ -96,8 +100,7 @@ def curves(metric: Curves, drawn: Mapping[str, Look], *, seeds: bool, share: boo
         if not len(values) or np.isnan(values).all():
             continue
         mean, low, high, count = band(values)
-        if share:
-            low, high = shown_share(low, high)
+        low, high = shown_ends(low, high, metric.unit)
         at = ~np.isnan(mean)
         x = metric.steps[at]
         inner = at & ~np.isnan(low)
@@ -221,7 +224,7 @@ def strip(
                     )
                 )  # fmt: skip
         if not math.isnan(arm.mean):
-            shown = shown_share(arm.low, arm.high)
+            shown = shown_ends(arm.low, arm.high, "share")
             low, high = (arm.mean if math.isnan(v) else float(v) for v in shown)
             figure.add_trace(
                 _go.Scatter(

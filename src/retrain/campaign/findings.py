@@ -207,7 +207,7 @@ def metrics(findings: Findings) -> list[Metric]:
         known = [value for values in arms.values() for value in values if not math.isnan(value)]
         if name == findings.declared.outcome or arms == outcome or not known or max(known) == min(known):
             continue
-        if name == "mean_reward" and arms == found["correct_rate"]:
+        if (name == "mean_reward" and arms == found["correct_rate"]) or reading.is_rounding(name, known):
             continue
         for label in chosen:
             made.append(_metric(name, titles[name], label, arms, baseline, findings.declared.test == "paired"))

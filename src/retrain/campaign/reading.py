@@ -33,6 +33,8 @@ CURVES: Mapping[str, tuple[str, str]] = {
 }
 """Metrics of training steps: title, and "share" or the unit."""
 
+ROUNDING: Mapping[str, float] = {"approx_kl": 1e-9}
+"""Metrics of which values below this are what is left by rounding in float32, and say nothing of a condition."""
 GRID = 80
 """Points of a curve."""
 _PARSED = 1000
@@ -57,6 +59,12 @@ class Reading:
     most_lambda: float | None = None
     gate_shut: bool | None = None
     has_planning: bool | None = None
+
+
+def is_rounding(name: str, values: Iterable[float]) -> bool:
+    """Are all ``values`` of a metric, NaN aside, no more than rounding leaves? True of none."""
+    limit = ROUNDING.get(name)
+    return limit is not None and all(abs(value) < limit for value in values if not math.isnan(value))
 
 
 def grid(max_steps: int) -> Series:

@@ -16,7 +16,7 @@ from retrain.campaign import account, figures, findings, reading, words
 from retrain.campaign.figures import Curves
 from retrain.campaign.findings import Findings
 from retrain.report import build, markdown, page
-from retrain.report.figures import Plot
+from retrain.report.figures import Plot, number
 from retrain.report.parts import Block, Facts, Items, Note, Plots, Section, Shown, plots_in
 
 _SEEDS_OPEN = 12
@@ -110,9 +110,16 @@ def _curves(campaign: Findings, drawn: dict[str, figures.Look]) -> list[Block]:
             plots.append(plot)
             blocks.append(Shown(words.sparks(first, True), "Held-out accuracy in characters", folded=True))
     rates: Curves | None = None
+    agreed = ""
     for name, (title, unit) in reading.CURVES.items():
         metric = training_curves(campaign, name, title, unit)
         if name == "mean_reward" and rates is not None and _equal(metric, rates):
+            continue
+        known = np.concatenate([values.ravel() for values in metric.values.values()])
+        if reading.is_rounding(name, known.tolist()):
+            if not np.isnan(known).all():
+                most = number(float(np.nanmax(np.abs(known))))
+                agreed += f" {title}: at most {most} {unit}, which is rounding, and not drawn."
             continue
         seeds = name == "correct_rate"
         plot = figures.curves(metric, drawn, seeds=seeds, share=unit == "share", marks=False, note="")
@@ -127,7 +134,7 @@ def _curves(campaign: Findings, drawn: dict[str, figures.Look]) -> list[Block]:
     note = (
         "Lines are means over the seeds that have come so far, bands their 95 % t intervals; none of it is a test. A failed run "
         'stays in with its last value. "each seed" in a legend shows every run. '
-        f"Curves of training are means of the last {window} steps; metrics that were the same in all runs are left out."
+        f"Curves of training are means of the last {window} steps; metrics that were the same in all runs are left out.{agreed}"
     )
     return [Note(note), Plots(tuple(plots)), *blocks]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from retrain.campaign import findings as found
 from retrain.campaign import manifest
-from retrain.campaign.figures import Curves, band, shown_share
+from retrain.campaign.figures import Curves, band, shown_ends
 from retrain.campaign.findings import Findings
 from retrain.campaign.outcomes import counts
 from retrain.campaign.statistics import Analysis, Verdict
@@ -142,17 +142,20 @@ def sensitivity(analysis: Analysis, level: float) -> Table:
     rows = tuple(
         (
             each.label, _p(each.p_sign_flip), _p(each.p_sign_flip_least), points(each.iqm_difference),
-            _ends(each.iqm_low, each.iqm_high), "skewed, unequal" if each.skewed_and_unequal else "none seen",
+            _ends(each.iqm_low, each.iqm_high), "yes" if each.skewed_and_unequal else "no",
         )
         for each in analysis.comparisons
     )  # fmt: skip
     columns = (
-        "Condition", "Sign-flip p", "Least it could be", "IQM difference, points", f"{100 * level:.4g} % bootstrap interval",
-        "Signs against the t test",
+        "Condition", "Sign-flip p", "Least p that flips allow", "IQM difference, points",
+        f"{100 * level:.4g} % bootstrap interval", "Skewed and unequal",
     )  # fmt: skip
     note = (
-        "Sensitivity: none of this decides. The sign-flip p flips the differences by seed; with few seeds it cannot become "
-        "small. IQM: mean of the middle half of the runs; its bootstrap interval is too narrow for few runs."
+        "Sensitivity: none of this decides. The sign-flip p flips the differences by seed; the least that it can be is 2 / 2^k "
+        "with k seeds at which the two conditions differ, as a difference of 0 has no sign. IQM: mean of the middle half of the "
+        "runs; its bootstrap interval is too narrow for few runs. Skewed and unequal: whether the runs of all conditions "
+        "together are lopsided and unequally spread, beyond what chance does in normal ones; only both at once mislead the t "
+        "test."
     )
     return Table(columns, rows, frozenset({1, 2, 3, 4}), note)
 
@@ -178,7 +181,7 @@ def metrics(campaign: Findings) -> Table:
     for each in found.metrics(campaign):
         share = each.unit == "share"
         unit = f", {each.unit}" if each.unit and not share else ""
-        ends = shown_share(each.low, each.high) if share else (each.low, each.high)
+        ends = shown_ends(each.low, each.high, each.unit)
         middle = "n/a" if math.isnan(sum(ends)) else " to ".join(number(v, share=share) for v in ends)
         rows.append((
             each.title + unit, each.condition, str(each.n), number(each.mean, share=share), middle,
@@ -264,8 +267,7 @@ def sparks(metric: Curves, share: bool) -> Table:
         last = int(known[-1])
         text = [number(float(mean[i]), share=share) for i in (known[0], last)]
         ends = float(low[last]), float(high[last])
-        if share:
-            ends = shown_share(*ends)
+        ends = shown_ends(*ends, metric.unit)
         spread = "n/a" if math.isnan(sum(ends)) else " to ".join(number(v, share=share) for v in ends)
         rows.append((label, *text, spread, spark(mean)))
     columns = ("Condition", "First", "Last", "95 % interval", "Over the steps")
@@ -287,7 +289,7 @@ def _share(value: float) -> str:
 
 
 def _interval(low: float, high: float) -> str:
-    low, high = shown_share(low, high)
+    low, high = shown_ends(low, high, "share")
     return "n/a" if math.isnan(low + high) else f"{low:.1%} to {high:.1%}"
 
 
