@@ -64,6 +64,7 @@ def here(monkeypatch):
         monkeypatch.setattr(cards, "visible", lambda: [str(i) for i in range(len(gpus))])
         monkeypatch.setattr(cards, "_cuda", lambda index: gpus[index] if index < len(gpus) else None)
         monkeypatch.setenv("OMP_NUM_THREADS", "4")
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     make()
     return make
@@ -173,6 +174,23 @@ def test_a_model_that_is_not_here_leaves_time_open_and_nothing_else(here):
     assert (found.wall, found.room, found.runs) == (None, None, 40)
     assert "not on this machine" in found.unknown[0]
     json.dumps(forecast.record(found), allow_nan=False)
+
+
+def test_of_ray_nodes_elsewhere_nothing_is_claimed(here):
+    here(gib=1)
+    small = TINY.replace("retrain/tiny", "Qwen/Qwen3-4B-Instruct-2507").replace('"arithmetic"', '"gsm8k"')
+    alone, theirs = planned(small, launcher="ray"), planned(small, launcher="ray", ray_address="10.0.0.5:6379")
+    with pytest.raises(ConfigError, match="this run cannot fit on CPU"):
+        forecast.refuse_unfit(alone, forecast.forecast(alone))
+    found = forecast.forecast(theirs)
+    forecast.refuse_unfit(theirs, found)
+    assert "The devices of the Ray cluster: time and memory are those of CPU here." in found.unknown
+
+
+def test_ray_on_a_machine_without_a_gpu_tells_that_it_uses_the_cpu(here):
+    missing = "none was found here for gpu:0; a run without one uses the CPU."
+    assert missing in told(BIG, launcher="ray").announced
+    assert missing not in told(BIG, launcher="ray", ray_address="10.0.0.5:6379").announced
 
 
 def test_ray_decides_by_itself(here):

@@ -238,7 +238,7 @@ def test_a_run_has_begun_when_its_node_says_so_and_a_full_queue_is_told_once(tmp
     for _ in range(5):
         tasks.submit()
         tasks.collect()
-    assert caplog.messages == ["No run has begun: 2 wait in Ray's queue until 1 CPU of a node are free."]
+    assert caplog.messages == ["No run has begun: 2 wait in Ray's queue until a node has 1 CPU free."]
     (tmp_path / "b.1").write_text("far")
     tasks.collect()
     tasks.collect()

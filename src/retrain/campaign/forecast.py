@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from retrain import cards, estimate, machine, preflight
-from retrain.campaign import plan, tune
+from retrain.campaign import plan, ray_cluster, tune
 from retrain.campaign.plan import Plan, PlannedRun
 from retrain.campaign.sight import Sight, describe, sight
 from retrain.cards import Device
@@ -87,6 +87,8 @@ def forecast(planned: Plan, device: Device | None = None) -> Forecast:
     spent, wall = _times(made, trials, planned.runs, count, campaign.stagger_seconds, crowd)
     if how == "ray":
         unknown.append("How many runs go at once: the Ray cluster decides by its free devices.")
+        if made and not _is_here(campaign):
+            unknown.append(f"The devices of the Ray cluster: time and memory are those of {on.name} here.")
     return Forecast(
         conditions=len(planned.conditions),
         seeds=len(planned.seeds),
@@ -141,6 +143,11 @@ def _gpus(config: Config, device: Device | None) -> int:
     if device is not None:
         return max(1, campaign.max_workers if campaign else 1) if device.kind == "cuda" else 0
     return 0 if config.backend.devices == "cpu" else len(cards.visible())
+
+
+def _is_here(campaign: Campaign) -> bool:
+    """Do the runs use the devices of this machine?"""
+    return campaigns.launcher(campaign) != "ray" or ray_cluster.is_own(campaign.ray_address)
 
 
 def _weakest(config: Config, gpus: int) -> Device:
@@ -254,7 +261,9 @@ def _tokens(runs: Sequence[PlannedRun]) -> Interval:
 
 
 def refuse_unfit(planned: Plan, told: Forecast) -> None:
-    """ConfigError where a run alone, or those that share a device, cannot fit on it."""
+    """ConfigError where a run alone, or those that share a device, cannot fit on it; of a cluster of others it is not known."""
+    if not _is_here(planned.campaign):
+        return
     for run in planned.runs[: len(planned.conditions)]:
         if run.condition in told.estimates:
             try:
@@ -283,7 +292,7 @@ def _announced(
     processors = machine.usable_processors()
     how = campaigns.launcher(planned.campaign)
     if how == "ray":
-        return found
+        return [f"{device.note}."] if device.guessed and _is_here(planned.campaign) else []
     if gpus and count > gpus and how == "processes":
         found.append(
             f"{count} runs at once share {gpus} GPU{'s' * (gpus > 1)}: each has a part of its time and memory."

@@ -182,7 +182,7 @@ class _Tasks:
         elif not self._is_queued and self._room and now - min(task.since for task in queued) >= self._what.queued_s:
             self._is_queued = True
             log.info(
-                "No run has begun: %d wait%s in Ray's queue until %s of a node are free.",
+                "No run has begun: %d wait%s in Ray's queue until a node has %s free.",
                 len(queued), "s" * (len(queued) == 1), self._asks,
             )  # fmt: skip
 
@@ -193,10 +193,11 @@ class _Tasks:
             return
         folder = Path(self._same[0][0])
         with contextlib.suppress(OSError):
-            for name in queued.keys() & set(os.listdir(folder)):
-                host = (folder / name).read_text(encoding="utf-8")
-                if host:
-                    self._has_begun(queued[name], host)
+            there = set(os.listdir(folder))
+            for name, task in queued.items():
+                # Of a file that is not yet written the next look reads more.
+                if name in there and (host := (folder / name).read_text(encoding="utf-8")):
+                    self._has_begun(task, host)
 
     def _has_begun(self, task: _Task, host: str) -> None:
         task.since, task.host = time.monotonic(), host

@@ -79,7 +79,8 @@ class Lines:
         self._done += ended.code == 0
         where = f" on {ended.host}" if ended.host else ""
         if ended.code:
-            log.warning("%s did not finish: %s (its output: %s).", ended.job.name, ended.why.rstrip("."), ended.job.output)
+            output = f" (its output: {ended.job.output})" if ended.job.output.exists() else ""
+            log.warning("%s did not finish: %s%s.", ended.job.name, ended.why.rstrip("."), output)
             return
         value = outcome_now(RunRecord(ended.job.directory))
         said = f" {value:.1%}" if value is not None else ""
