@@ -19,7 +19,7 @@ from retrain.config.schema import Config, Sepa
 from retrain.config.tables import rewards_by_source
 from retrain.errors import ConfigError, ModelError, PluginError, ResumeError
 from retrain.tracking import layout
-from retrain.training import references
+from retrain.training import ahead, references
 
 if TYPE_CHECKING:
     from retrain.protocols import Renderer
@@ -439,16 +439,8 @@ def advice(
             f"{odd / len(matched):.0%} of the references are not plain integers: match misses equal answers that are "
             f'written differently; {key} = "math" compares their values.'
         )
-    if config.algorithm.transform_mode.startswith("gtpo_sepa") and not config.algorithm.algorithm_mode:
-        from retrain.algorithms.credit import build_schedule
-
-        steps = config.training.max_steps
-        first, middle, last = build_schedule(config).linear_lambdas([0, steps // 2, steps - 1])
-        if last < 0.5 and config.sepa.schedule == "linear":
-            found.append(
-                f"SEPA's lambda is {first:.2f}, {middle:.2f} and {last:.2f} at the first, middle and last step (sepa.delay_steps "
-                f"= {config.sepa.delay_steps}, sepa.steps = {config.sepa.steps}): the run stays close to plain gtpo."
-            )
+    if told := ahead.note(config):
+        found.append(told)
     return [*found, *references.check(config, tasks, held_out), *_idle_advice(config)]
 
 
