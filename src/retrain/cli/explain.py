@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from retrain.errors import ConfigError, ModelError, UsageError
 
 if TYPE_CHECKING:
     from retrain.cards import Device
+    from retrain.cli.explain_campaign import Told
     from retrain.config.load import LoadedConfig
     from retrain.config.options import CommandLine
     from retrain.estimate import Estimate
@@ -45,10 +46,10 @@ _QUICK_BYTES = 4 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What was asked on the command line, and what it led to; of a campaign ``loaded`` is one of its runs."""
+    """What was asked on the command line, and what it led to; of a campaign ``loaded`` has the configuration of one run."""
 
     loaded: LoadedConfig
-    campaign: LoadedConfig | None
+    campaign: Told | None
     line: CommandLine
     label: str
     gpu: str
@@ -81,8 +82,7 @@ def explain(arguments: Sequence[str]) -> int:
     with streams.results(alone="--json" in own) as out, quiet_loading(), at_once_on_interrupt():
         loaded, line, label = _loaded(rest, own.get("--template", ""))
         line.switches |= {s for s in ("--overwrite", "--fork") if s in own}
-        campaign = loaded if loaded.config.campaign is not None else None
-        asked = _Asked(_as_run(loaded), campaign, line, label, own.get("--gpu", ""), tasks, "--data" in own, "--all" in own)
+        asked = _Asked(loaded, None, line, label, own.get("--gpu", ""), tasks, "--data" in own, "--all" in own)
         record, refusal = _record(asked)
         if "--json" in own:
             from retrain.tracking.run_log import to_json
@@ -129,52 +129,20 @@ def _loaded(rest: Sequence[str], template: str) -> tuple[LoadedConfig, CommandLi
     return loaded, line, str(source)
 
 
-def _as_run(loaded: LoadedConfig) -> LoadedConfig:
-    """The configuration of a campaign as that of one of its runs, of the settings that all conditions share."""
-    from dataclasses import replace
-
-    campaign = loaded.config.campaign
-    if campaign is None:
-        return loaded
-    from retrain.config.campaigns import conditions
-    from retrain.config.load import Origin
-
-    config, arms = loaded.config, conditions(loaded.config)
-    training = config.training.model_copy(update={"max_steps": campaign.max_steps})
-    # Where a condition uses SEPA, its schedule is worth seeing.
-    shown = next((arm for arm in arms if "sepa" in str(arm.settings["algorithm.transform_mode"])), arms[0])
-    modes = {name: shown.settings[f"algorithm.{name}"] for name in ("advantage_mode", "transform_mode")}
-    algorithm = config.algorithm.model_copy(update=modes)
-    origins = {**loaded.origins, "training.max_steps": Origin("file", "campaign.max_steps")}
-    return replace(loaded, config=config.model_copy(update={"training": training, "algorithm": algorithm}), origins=origins)
-
-
-def _campaign(asked: _Asked, device: Device) -> tuple[dict[str, Any] | None, tuple[str, ...], ConfigError | None]:
-    """What is told of a campaign, what it announces, and the refusal where its runs cannot go at once."""
-    if asked.campaign is None:
-        return None, asked.loaded.announcements, None
-    from retrain.campaign import forecast, plan, tune
-
-    planned = plan.plan(plan.anchored(asked.campaign), name="campaign")
-    told = forecast.forecast(planned, device if asked.gpu else None)
-    refusal = None
-    try:
-        forecast.refuse_unfit(planned, told)
-        if asked.data:
-            tune.declared(planned)
-    except ConfigError as error:
-        refusal = error
-    record = {**forecast.record(told), "lines": forecast.lines(told, asked.campaign.config)}
-    return record, planned.announcements, refusal
-
-
 def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
     """Everything that is known, JSON-serialisable, and the refusal where the device cannot hold the run."""
     from retrain import cards, estimate, plugins, preflight
     from retrain.cli import explained
 
-    loaded, config = asked.loaded, asked.loaded.config
-    plugins.add_search_paths(loaded.search_paths)
+    plugins.add_search_paths(asked.loaded.search_paths)
+    written = asked.loaded
+    if written.config.campaign is not None:
+        from retrain.cli import explain_campaign
+
+        told = explain_campaign.told(written, asked.gpu, data=asked.data)
+        written = told.written
+        asked = replace(asked, campaign=told, loaded=replace(written, config=told.shown.config))
+    loaded, config, campaign = asked.loaded, asked.loaded.config, asked.campaign
     preflight.check_plugins(config)
     unknown: list[str] = []
     advice: list[str] = []
@@ -198,10 +166,11 @@ def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
             refusal = error
             verdict = "cannot" if verdict == "cannot" else "too long"
         advice += preflight.fit_advice(made)
-    campaign, announcements, unfit = _campaign(asked, device)
-    refusal = refusal or unfit
+    refusal = refusal or (campaign.refusal if campaign else None)
     ignored = preflight.ignored_settings((model.generation if model else None) or {})
     advice += preflight.advice(config, tasks, (), ignored)
+    if campaign is not None:
+        advice = [*campaign.notes(ignored), *(line for line in advice if line not in preflight.advice(config, (), (), ignored))]
     found = None
     if asked.probe and refusal is None:
         found = _probe(asked, advice)
@@ -211,7 +180,7 @@ def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
     unknown += _unknown(config, model, made, asked, prompt)
     record: dict[str, Any] = {
         "configuration": asked.label,
-        "settings": _settings(asked),
+        "settings": _settings(written, all_of_them=asked.all),
         "environment": {n: os.environ[n] for n in _ENVIRONMENT if os.environ.get(n)},
         "model": model and {
             "name": model.name, "parameters": model.parameters, "layers": model.shape.layers, "hidden": model.shape.hidden,
@@ -223,13 +192,13 @@ def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
         "memory": made and explained.memory_record(made),
         "time": made and explained.time_record(config, made, measured=found is not None and found.length.low is not None),
         "disk": explained.disk_record(config, made),
-        "campaign": campaign,
-        "sepa": _sepa(config),
+        "campaign": campaign and campaign.record,
+        "sepa": explained.sepa_record(config),
         "references": references,
         "generation_config_not_used": None if model is None or model.generation is None else dict(ignored),
         "probe": found and explained.probed_record(found),
-        "run_directory": _place(asked),
-        "announcements": list(announcements),
+        "run_directory": _place(asked, written),
+        "announcements": list(campaign.announcements if campaign else loaded.announcements),
         "advice": advice,
         "unknown": unknown,
         "fits": made and {"verdict": verdict, "why": refusal and refusal.message, "fix": refusal and refusal.fix},
@@ -271,10 +240,10 @@ def _verdict(made: Estimate) -> str:
     return "yes" if memory.high <= size else "perhaps" if memory.low <= size else "not at its longest"
 
 
-def _settings(asked: _Asked) -> list[dict[str, Any]]:
+def _settings(written: LoadedConfig, *, all_of_them: bool) -> list[dict[str, Any]]:
     from retrain.config.fields import settings
 
-    config, origins = asked.loaded.config, asked.loaded.origins
+    config, origins = written.config, written.origins
     found: list[dict[str, Any]] = []
     for key, setting in settings().items():
         origin = origins[key]
@@ -285,7 +254,7 @@ def _settings(asked: _Asked) -> list[dict[str, Any]]:
             value = None if value is None else getattr(value, part, getattr(value, f"{part}_", None))
         if value is None and section in ("campaign", "squeeze"):
             continue
-        if asked.all or origin.kind != "default":
+        if all_of_them or origin.kind != "default":
             found.append({
                 "key": key, "value": value, "default": setting.default,
                 "origin": origin.where or origin.kind, "kind": origin.kind,
@@ -309,20 +278,6 @@ def _step(config: Any, made: Estimate | None, prompts: str) -> dict[str, Any]:
             "rows_at_once": made.rows, "checkpointing": made.plan.checkpointing,
         }  # fmt: skip
     return found
-
-
-def _sepa(config: Any) -> dict[str, Any] | None:
-    """Lambda of the linear schedule, where the transform uses it."""
-    if config.algorithm.algorithm_mode or not config.algorithm.transform_mode.startswith("gtpo_sepa"):
-        return None
-    from retrain.algorithms.credit import build_schedule
-
-    steps = config.training.max_steps
-    first, middle, last = build_schedule(config).linear_lambdas([0, steps // 2, steps - 1])
-    return {
-        "first": first, "middle": middle, "last": last, "schedule": config.sepa.schedule,
-        "correct_rate_gate": config.sepa.correct_rate_gate,
-    }  # fmt: skip
 
 
 def _references(asked: _Asked) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -371,12 +326,12 @@ def _probe(asked: _Asked, advice: list[str]) -> Probe:
     return probe(config, asked.probe, check, say)
 
 
-def _place(asked: _Asked) -> dict[str, Any]:
+def _place(asked: _Asked, written: LoadedConfig) -> dict[str, Any]:
     """Where the run would write, and what stands there."""
     from retrain import preflight
     from retrain.tracking import layout
 
-    config = asked.loaded.config
+    config = written.config
     directory = preflight.expanded(config.resume.from_ or config.logging.log_dir, "logging.log_dir")
     if asked.campaign is not None:
         given = "log_dir" in config.logging.model_fields_set

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from retrain.cards import Device
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 _WIDTH = 100
 _INDENT = "  "
 _MB = 10**6
+_VALUE = 40
+"""Characters of a setting's value that stand beside its origin."""
 
 
 def device_record(device: Device) -> dict[str, Any]:
@@ -81,13 +83,25 @@ def probed_record(found: Probe) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def sepa_record(config: Any) -> dict[str, Any] | None:
+    """Lambda of the linear schedule, where the credit uses it."""
+    from retrain.training.ahead import lambdas
+
+    found = lambdas(config)
+    return found and {
+        "first": found.first, "middle": found.middle, "last": found.last, "never": found.never,
+        "schedule": config.sepa.schedule, "correct_rate_gate": config.sepa.correct_rate_gate,
+    }  # fmt: skip
+
+
 def text(record: Mapping[str, Any]) -> str:
-    """The record in words."""
+    """The record in words. A campaign comes before the run of it that is told of in detail."""
+    worth = _list("Worth knowing", [*record["announcements"], *record["advice"]])
+    campaign = record["campaign"]
     parts = [
-        _settings(record), _step(record), _memory(record), _time(record), _probe(record), _credit(record),
-        _list("Campaign", record["campaign"]["lines"] if record["campaign"] else []),
-        _directory(record), _list("Worth knowing", [*record["announcements"], *record["advice"]]),
-        _list("Not known", record["unknown"]),
+        _settings(record), *([_list("Campaign", campaign["lines"]), worth] if campaign else []),
+        _step(record), _memory(record), _time(record), _probe(record), _credit(record), _directory(record),
+        *([] if campaign else [worth]), _list("Not known", record["unknown"]),
     ]  # fmt: skip
     return "\n\n".join("\n".join(line.rstrip() for line in part) for part in parts if part)
 
@@ -149,10 +163,16 @@ def _settings(record: Mapping[str, Any]) -> list[str]:
     if not any(s["kind"] == "default" for s in record["settings"]):
         lines[0] = f"{record['configuration']}: settings that are not defaults, and where they come from"
     key = max((len(r[0]) for r in rows), default=0)
-    value = min(40, max((len(r[1]) for r in rows), default=0))
+    value = max((len(r[1]) for r in rows if len(r[1]) <= _VALUE), default=0)
+    whole = {s["key"]: s["value"] for s in record["settings"]}
     for name, shown, origin in rows:
         if len(shown) > value:
-            lines += [f"{_INDENT}{name:<{key}}  {shown}", f"{_INDENT}{'':<{key}}  {'':<{value}}  {origin}"]
+            listed = whole[name] if len(shown) > _WIDTH - key - 4 and isinstance(whole[name], list | tuple) else None
+            items = [shown] if listed is None else [literal(item) for item in cast("Sequence[object]", listed)]
+            indent = " " * (key + 4)
+            found = [line for item in items for line in _wrapped(item, indent, f"{indent}  ")]
+            lines += [f"{_INDENT}{name:<{key}}  {found[0].lstrip()}", *found[1:]]
+            lines.append(f"{_INDENT}{'':<{key}}  {'':<{value}}  {origin}")
         else:
             lines.append(f"{_INDENT}{name:<{key}}  {shown:<{value}}  {origin}")
     for name, shown in record["environment"].items():
@@ -163,7 +183,7 @@ def _settings(record: Mapping[str, Any]) -> list[str]:
 def _step(record: Mapping[str, Any]) -> list[str]:
     step, model = record["step"], record["model"]
     lines = [
-        "A step",
+        _whose(record),
         f"{_INDENT}rollouts     {step['tasks']:,} tasks x {step['group_size']:,} answers = {step['rollouts']:,}"
         + (
             f", up to {step['oversampled_rollouts_at_most']:,} where too few groups carry a signal"
@@ -191,6 +211,14 @@ def _step(record: Mapping[str, Any]) -> list[str]:
         )
         lines.append(f"{_INDENT}{'':<13}(shape from {model['source']})")
     return [w for line in lines for w in (_wrapped(line, "", " " * 15) if len(line) > _WIDTH else [line])]
+
+
+def _whose(record: Mapping[str, Any]) -> str:
+    """Whose step it is."""
+    if not record["campaign"]:
+        return "A step"
+    shown = record["campaign"]["shown"]
+    return f"A step of {shown['run']}" + (", which needs the most memory" if shown["largest"] else "; others need as much memory")
 
 
 def _count(n: int, word: str) -> str:
@@ -288,17 +316,10 @@ def _probe(record: Mapping[str, Any]) -> list[str]:
 def _credit(record: Mapping[str, Any]) -> list[str]:
     sepa, references, ignored = record["sepa"], record["references"], record["generation_config_not_used"]
     lines = ["Credit and data"]
-    if sepa:
-        gate = (
-            f", 0 before the correct rate reaches {sepa['correct_rate_gate']:g}"
-            if sepa["correct_rate_gate"] > 0
-            else ""
-        )
-        auto = " at least (schedule auto)" if sepa["schedule"] == "auto" else ""
-        lines.append(
-            f"{_INDENT}SEPA's lambda      {sepa['first']:.2f} at the first step, {sepa['middle']:.2f} at the middle, "
-            f"{sepa['last']:.2f} at the last{auto}{gate}"
-        )
+    of = record["campaign"]["sepa"] if record["campaign"] else {"": sepa} if sepa else {}
+    for label, found in of.items():
+        named = f"{label}: " if label else ""
+        lines.append(f"{_INDENT}SEPA's lambda      {named}{_lambda(found, record['step']['steps'])}")
     if references["read"]:
         share = references["whole_numbers"] / max(1, references["tasks"])
         lines.append(
@@ -310,6 +331,15 @@ def _credit(record: Mapping[str, Any]) -> list[str]:
         listed = ", ".join(f"{k} = {v}" for k, v in ignored.items()) or "nothing to set"
         lines.append(f"{_INDENT}generation_config  {listed}" + (" (not used)" if ignored else ""))
     return [w for line in lines for w in (_wrapped(line, "", " " * 21) if len(line) > _WIDTH else [line])]
+
+
+def _lambda(found: Mapping[str, Any], steps: int) -> str:
+    if found["never"]:
+        return f"0 at all {steps:,} steps: it never acts"
+    gate = f", 0 before the correct rate reaches {found['correct_rate_gate']:g}" if found["correct_rate_gate"] > 0 else ""
+    auto = " at least (schedule auto)" if found["schedule"] == "auto" else ""
+    first, middle, last = (f"{found[name]:.2f}" for name in ("first", "middle", "last"))
+    return f"{first} at the first step, {middle} at the middle, {last} at the last{auto}{gate}"
 
 
 def _directory(record: Mapping[str, Any]) -> list[str]:
