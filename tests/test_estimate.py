@@ -187,8 +187,34 @@ def test_a_gpu_that_only_torch_can_see_never_stops_a_run(make_config, monkeypatc
     monkeypatch.setattr(cards, "_host_bytes", lambda: 100 * 2**20)
     monkeypatch.setattr(cards, "_swap_bytes", lambda: 0)
     preflight.check_fit(make_config(backend={"devices": "gpu:0"}))
+    found = cards.present("gpu:0", speed=False)
+    assert (found.guessed, found.note) == (True, "gpu:0 is a part of a card, whose memory and speed are not known before a run")
     with pytest.raises(ConfigError, match="cannot fit on CPU"):
         preflight.check_fit(make_config(backend={"devices": "cpu"}))
+
+
+@pytest.mark.parametrize(
+    ("stated", "seen"),
+    [
+        ("1,0", ["1", "0"]),
+        ("MIG-aa,MIG-bb", ["MIG-aa", "MIG-bb"]),
+        ("MIG-GPU-11/7/0, 1", ["MIG-GPU-11/7/0", "1"]),
+        ("MIG-aa,MIG-aa", ["MIG-aa"]),
+        ("0,0", ["0"]),
+        ("0,GPU-11aa,1", ["0", "1"]),
+        # CUDA sees what stands before the first name that is none.
+        ("0,-1,1", ["0"]),
+        ("0,7,1", ["0"]),
+        ("1,,0", ["1"]),
+        ("GPU-22", ["GPU-22"]),
+        ("GPU-", []),
+        ("", []),
+    ],
+)
+def test_visible_gpus_are_those_that_cuda_would_see(monkeypatch, tmp_path, stated, seen):
+    driver(monkeypatch, tmp_path, "NVIDIA H100 80GB HBM3, 81559, GPU-11aa\nNVIDIA L4, 23034, GPU-22bb")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", stated)
+    assert cards.visible() == seen
 
 
 @pytest.mark.parametrize(("freedom", "value"), [(1, 12.706), (2, 4.303), (3, 3.182), (15, 2.131), (20, 2.086)])

@@ -34,6 +34,8 @@ _SHARE = 0.85
 _MATMUL = 512
 """Rows and columns of the product that measures a CPU."""
 _TINY = "retrain/tiny"
+_PART = "MIG-"
+"""Begins the name of a part of a card in CUDA_VISIBLE_DEVICES."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +166,8 @@ def present(devices: str, *, speed: bool = True) -> Device:
         return found
     asked = devices != "cpu"
     note = f"none was found here for {devices}; a run without one uses the CPU" if asked else ""
+    if asked and any(not row for _, row in _listed()):
+        note = f"{devices} is a part of a card, whose memory and speed are not known before a run"
     return Device(
         "CPU", "cpu", _host_bytes(), 0.0, _cpu_flops() if speed else 0.0, 10e9 if speed else 0.0, True, note, _swap_bytes(), asked
     )  # fmt: skip
@@ -175,7 +179,8 @@ def visible() -> list[str]:
 
 
 def _listed() -> list[tuple[str, list[str]]]:
-    """(how CUDA_VISIBLE_DEVICES names it, what the driver says) of every GPU that this program sees."""
+    """(how CUDA_VISIBLE_DEVICES names it, what the driver says) of every GPU that this program sees; a part of a card, of
+    which the driver's list says nothing, has no words."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,uuid", "--format=csv,noheader,nounits"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -185,14 +190,23 @@ def _listed() -> list[tuple[str, list[str]]]:
     stated = os.environ.get("CUDA_VISIBLE_DEVICES")
     if stated is None:
         return [(str(i), row) for i, row in enumerate(rows)]
-    named = [v.strip() for v in stated.split(",") if v.strip()]
-    return [(v, r) for v in named for i, r in enumerate(rows) if v == str(i) or r[2].startswith(v)]
+    found: dict[str, tuple[str, list[str]]] = {}
+    for name in map(str.strip, stated.split(",")):
+        if name.startswith(_PART):
+            found.setdefault(name, (name, []))
+            continue
+        named = [row for i, row in enumerate(rows) if name == str(i) or (name[:3] == "GPU" and row[2].startswith(name))]
+        if len(named) != 1:
+            # CUDA sees what stands before the first name that is none.
+            break
+        found.setdefault(named[0][2], (name, named[0]))
+    return list(found.values())
 
 
 def _cuda(index: int) -> Device | None:
     """What the driver says of the GPU that the program would see as number ``index``."""
     rows = [row for _, row in _listed()]
-    if index >= len(rows) or not rows[index][1].isdecimal():
+    if index >= len(rows) or not rows[index] or not rows[index][1].isdecimal():
         return None
     name, size = rows[index][0], int(rows[index][1]) * _MIB
     spec = of_driver(name, size)

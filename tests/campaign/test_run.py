@@ -244,6 +244,18 @@ def test_a_process_that_cannot_start_stops_no_other(tmp_path, monkeypatch):
     assert "could not be started" in ends[0].why
 
 
+def test_megabytes_of_errors_stop_no_run_and_are_told_in_a_line(tmp_path, monkeypatch):
+    scripted(
+        monkeypatch,
+        "import sys; name = sys.argv[1].rpartition('/')[2]; end = chr(10) if name == 'a' else ''\n"
+        "for i in range(4000): sys.stderr.write('x' * 1000 + end)\n"
+        "sys.stderr.write(end and 'the last word'); sys.exit(3)",
+    )
+    _, ends = started(tmp_path, ["a", "b"], Processes(workers=2, threads=1))
+    assert {end.job.name: (end.code, end.why) for end in ends} == {"a": (3, "the last word"), "b": (3, "x" * 300)}
+    assert all(end.job.output.stat().st_size >= 4_000_000 for end in ends)
+
+
 def test_a_run_that_is_let_go_before_it_began_writes_nothing(tmp_path):
     stop = threading.Event()
     stop.set()

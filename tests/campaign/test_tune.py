@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
+import sys
 import threading
 import time
 import tomllib
@@ -12,13 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from retrain.campaign import account, findings, manifest, plan, tune
+from retrain.campaign import account, findings, manifest, plan, progress, tune
 from retrain.campaign.manifest import Manifest
 from retrain.campaign.run import execute, stored
 from retrain.campaign.tune import Tried
 from retrain.config.load import Override, load
 from retrain.errors import ConfigError, RunError
 from retrain.training import dry
+
+sys.path.insert(0, str(Path(__file__).with_name("light")))
+
+import campaigns
 
 _made = runpy.run_path(str(Path(__file__).with_name("made_campaigns.py")))
 declared, write_run = _made["declared"], _made["write_run"]
@@ -127,6 +133,8 @@ def test_of_equal_values_that_are_no_numbers_the_first_is_taken():
 
     assert tune.choose([arm("ppo", 0.1), arm("gspo", 0.3), arm("cispo", 0.3)]) == {"a": "gspo"}
     assert tune.choose([arm(True, 0.3), arm(False, 0.3)]) == {"a": True}
+    # A value that no trial survived is not as good as one that was evaluated at 0.
+    assert tune.choose([Tried("a", 1, (1,), ("failed",), (None,), 0.0, False), arm(2, 0.0)]) == {"a": 2}
 
 
 def test_a_trial_that_failed_counts_at_its_last_evaluation_or_as_nothing(tmp_path):
@@ -149,13 +157,113 @@ def test_nothing_is_chosen_while_trials_are_missing_or_say_nothing(tmp_path):
     found = made(tmp_path, values, {("maxrl+none", 1e-2, 2): ("interrupted", 10)})
     with pytest.raises(RunError, match=r"the trials of maxrl\+none are not done"):
         tune.choose(tune.trials(tmp_path, found))
-    assert tune.states(tmp_path, found)["maxrl+none~lr=0.01_s2"] == "interrupted"
+    assert tune.trials(tmp_path, found)[-1].states == ("done", "interrupted")
     silent = [
         Tried("a", 1, (1,), ("failed",), (None,), 0.0, False),
         Tried("a", 2, (1,), ("failed",), (None,), 0.0, False),
     ]
     with pytest.raises(RunError, match="no trial of a came to an evaluation"):
         tune.choose(silent)
+
+
+def gone(folder, name, *codes):
+    """A trial of which nothing but the ends of its processes is left."""
+    shutil.rmtree(folder / "trials" / name)
+    rows = [
+        {"name": name, "code": code, "seconds": 2.0, "step": 0, "why": "refused: no such value" if code == 2 else "killed"}
+        for code in codes
+    ]
+    with (folder / "processes.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def test_a_trial_that_never_lived_to_its_first_record_counts_0_and_blocks_nothing(tmp_path):
+    found = made(tmp_path, grid([(0.3, 0.3)] * 3, [(0.3, 0.3), (0.2, 0.2), (0.9, 0.9)]))
+    killed, refused = "maxrl+none~lr=0.01_s2", "grpo+none~lr=0.0001_s1"
+    gone(tmp_path, killed, -9)
+    gone(tmp_path, refused, 2)
+    manifest.write(tmp_path, found)
+    assert tune.unfinished(tmp_path, found) == {killed, refused}
+    with pytest.raises(RunError, match=r"of grpo\+none are not done: seed 1 of 0.0001 is waiting \(refused: no such value\)"):
+        tune.choose(tune.trials(tmp_path, found))
+    looked = progress.look(tmp_path)
+    assert looked.trials == {"done": 10, "waiting": 2}
+    assert progress.stopped(looked)[:2] == [
+        f"trial {killed}: not begun, killed", f"trial {refused}: not begun, refused: no such value",
+    ]  # fmt: skip
+    (tmp_path / "trials" / killed).mkdir()
+    (tmp_path / "trials" / refused).mkdir()
+    gone(tmp_path, killed, -9)
+    gone(tmp_path, refused, 2)
+    tried = tune.trials(tmp_path, found)
+    assert (tried[5].states, tried[5].outcomes, tried[5].mean) == (("done", "failed"), (0.9, None), 0.45)
+    assert (tried[0].states, tried[0].outcomes, tried[0].mean) == (("failed", "done"), (None, 0.3), 0.15)
+    assert tune.choose(tried) == {"grpo+none": 1e-3, "maxrl+none": 1e-2}
+    assert tune.unfinished(tmp_path, found) == set()
+    assert tune.told(tmp_path, found) == [
+        f"Trial {refused}: failed (refused: no such value); it counts 0.", f"Trial {killed}: failed (killed); it counts 0.",
+    ]  # fmt: skip
+
+
+def test_where_no_trial_of_a_condition_says_anything_all_of_them_are_tried_again(tmp_path):
+    found = made(tmp_path, grid([(0.3, 0.3)] * 3, [(0.3, 0.3)] * 3))
+    names = {f"maxrl+none~lr={value}_s{seed}" for value in (0.0001, 0.001, 0.01) for seed in (1, 2)}
+    for name in names:
+        gone(tmp_path, name, -9, -9)
+    with pytest.raises(RunError, match=r"no trial of maxrl\+none came to an evaluation.*\(seed 1 of 0.0001: killed\)"):
+        tune.choose(tune.trials(tmp_path, found))
+    assert tune.unfinished(tmp_path, found) == names
+
+
+@pytest.mark.parametrize("word", ["NaN", "null"])
+def test_an_evaluation_that_is_no_number_is_told_and_counts_0(tmp_path, word):
+    found = made(tmp_path, grid([(0.3, 0.3)] * 3, [(0.3, 0.3), (0.2, 0.2), (0.9, 0.9)]))
+    metrics = tmp_path / "trials/maxrl+none~lr=0.01_s2/metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"eval/accuracy": 0.9,', f'"eval/accuracy": {word},'))
+    tried = tune.trials(tmp_path, found)
+    assert (tried[5].states, tried[5].outcomes, tried[5].mean) == (("done", "done"), (0.9, None), 0.45)
+    assert tune.choose(tried)["maxrl+none"] == 1e-2
+    assert tune.told(tmp_path, found) == [
+        "Trial maxrl+none~lr=0.01_s2: done, but none of its last evaluations is a number; it counts 0."
+    ]
+
+
+@pytest.mark.slow
+def test_a_value_that_no_trial_survives_or_that_is_refused_blocks_no_campaign(tmp_path):
+    """A tuned campaign with looks, of light runs: one value is killed while it loads, another refused."""
+    (tmp_path / "held.jsonl").write_text("".join(f'{{"question": "held {i} ?", "answer": "7"}}\n' for i in range(8)))
+    more = f"""tune = {{ lr = [1e-4, 1e-3], seeds = [77], max_steps = 1 }}
+looks = [2, 3]
+[eval]
+source = "jsonl"
+path = "{tmp_path}/held.jsonl"
+examples = 4
+"""
+    campaigns.write(tmp_path, seeds=(1, 2, 3), steps=1, more=more)
+    (tmp_path / "signs/maxrl+none_s77~0.0001").write_text("die 0")
+    (tmp_path / "signs/grpo+none_s77~0.001").write_text("refuse 0")
+    code, said = campaigns.run(tmp_path, "campaign.toml", "--plain")
+    directory = campaigns.campaign(tmp_path)
+    assert code == 1
+    assert "grpo+none are not done: seed 77 of 0.001 is waiting (retrain: light: this run is refused." in said
+    assert "one that is refused again counts 0" in said
+    told = progress.stopped(progress.look(directory))
+    assert told[0].startswith("trial grpo+none~lr=0.001_s77: not begun, retrain: light: this run is refused.")
+    assert told[1].startswith("trial maxrl+none~lr=0.0001_s77: failed at step 0/1, killed by SIGKILL")
+    ends = [(row["name"], row["code"]) for row in campaigns.rows(directory / "processes.jsonl")]
+    assert ends.count(("maxrl+none~lr=0.0001_s77", -9)) == 2
+    assert ends.count(("grpo+none~lr=0.001_s77", 2)) == 1
+
+    code, said = campaigns.run(tmp_path, "--resume", str(directory), "--plain")
+    assert code == 0, said
+    found = manifest.read(directory)
+    assert found.chosen == {"grpo+none": 1e-4, "maxrl+none": 1e-3}
+    assert "Trial grpo+none~lr=0.001_s77: failed (retrain: light: this run is refused." in said
+    assert "Trial maxrl+none~lr=0.0001_s77: failed (killed by SIGKILL" in said
+    assert set(campaigns.states(directory).values()) == {"done"}
+    # Tuned or not, the first look comes where it was declared.
+    assert progress.look(directory).awaited() == (3, 6, 6)
+    assert findings.gather(directory).manifest.declared.looks == (2, 3)
 
 
 def test_every_arm_has_the_same_budget_and_tasks_of_its_own():
@@ -289,9 +397,11 @@ def test_the_report_shows_every_arm(tmp_path):
     manifest.write(tmp_path, replace(found, chosen=tune.choose(tune.trials(tmp_path, found))))
     told = findings.gather(tmp_path)
     _, _, table = account.tuning(told)
-    assert table.columns == ("Condition", "training.lr", "Seed 1", "Seed 2", "Mean", "")
-    assert table.rows[1] == ("grpo+none", "0.001", "50.0%*", "10.0%", "30.0%", "chosen")
-    assert table.rows[4] == ("maxrl+none", "0.001", "30.0%", "45.0%", "37.5%", "")
+    assert table.columns == ("Condition", "training.lr", "Seed 1", "Seed 2", "Mean", "95 % interval", "")
+    # Of two seeds: t is 12.7.
+    assert table.rows[1] == ("grpo+none", "0.001", "50.0%*", "10.0%", "30.0%", "0.0% to 100.0%", "chosen")
+    assert table.rows[2] == ("grpo+none", "0.01", "20.0%", "20.0%", "20.0%", "20.0% to 20.0%", "")
+    assert table.rows[4] == ("maxrl+none", "0.001", "30.0%", "45.0%", "37.5%", "0.0% to 100.0%", "")
     arms = findings.record(told)["tuning"]
     assert [arm["value"] for arm in arms if arm["chosen"]] == [1e-3, 1e-2]
 

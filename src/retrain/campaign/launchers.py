@@ -83,13 +83,16 @@ class _Running:
 
 
 _children: list[_Running] = []
+besides: list[subprocess.Popen[bytes]] = []
+"""Processes of the campaign that are no runs, each the first of a session of its own."""
 
 
 def kill_all() -> None:
-    """End every run at once; what is left of each is its newest checkpoint. Safe in a signal handler."""
-    for running in list(_children):
+    """End every run and what goes on beside them at once; what is left of a run is its newest checkpoint. Safe in a signal
+    handler."""
+    for process in (*(running.process for running in _children), *besides):
         with contextlib.suppress(OSError):
-            os.killpg(running.process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ State: TypeAlias = Literal["waiting", "running", "done", "failed", "interrupted"
 
 GIVEN_UP = 2
 """A run whose process ended abnormally so many times in a row without getting further counts as failed."""
-_SAVED, _REFUSED = 130, 2
+_SAVED, REFUSED = 130, 2
 """Exit statuses of a run that was interrupted and saved, and of one that was refused before it began."""
 Ends: TypeAlias = Sequence[Mapping[str, Any]]
 """Rows of processes.jsonl of one run, oldest first."""
@@ -146,7 +146,7 @@ def _is_given_up(ended: Ends, step: int = 0) -> bool:
     """Did the last processes of a run, which stands at ``step``, all end abnormally, and none got further than the one
     before?"""
     last = ended[-GIVEN_UP:]
-    abnormal = [row for row in last if row.get("code") not in (0, None, _SAVED, _REFUSED) and number(row, "seconds") != 0]
+    abnormal = [row for row in last if row.get("code") not in (0, None, _SAVED, REFUSED) and number(row, "seconds") != 0]
     steps = [_whole(row.get("step")) for row in last]
     if None in steps:
         # Older versions did not record it: then only a run that got nowhere is known to have got no further.

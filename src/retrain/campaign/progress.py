@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,14 @@ class Cell:
 @dataclass(frozen=True)
 class Progress:
     """A campaign as it stands; ``summaries`` are of the runs that go on, ``trials`` counts states of runs that choose a
-    setting."""
+    setting, ``broken`` are those of them that have stopped before their end."""
 
     directory: Path
     manifest: Manifest
     cells: tuple[Cell, ...]
     summaries: Mapping[str, Summary]
     trials: Mapping[str, int]
+    broken: tuple[Cell, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -99,6 +100,7 @@ class Progress:
             "left_s": self.left_s,
             "look": {"seeds": seeds, "ended": ended, "runs": runs},
             "trials": dict(self.trials),
+            "stopped_trials": [asdict(cell) for cell in self.broken],
             "cells": [asdict(cell) for cell in self.cells],
         }
 
@@ -117,9 +119,35 @@ def look(directory: Path) -> Progress:
             if begun and run.state in _GOING:
                 summaries[name] = summarize(run)
             cells.append(_cell(run, begun, label, seed, found.declared, summaries.get(name), ended.get(name, ())))
+    trials, broken = _trials(directory, found, ended)
+    return Progress(directory, found, tuple(cells), summaries, trials, broken)
+
+
+def _trials(
+    directory: Path, found: Manifest, ended: Mapping[str, outcomes.Ends]
+) -> tuple[Mapping[str, int], tuple[Cell, ...]]:
+    """How many trials are in each state, those that a process was started for; and those that have stopped."""
+    tune: Mapping[str, Any] = found.declared.tune or {}
     root = directory / layout.CAMPAIGN_TRIALS
-    trials = Counter[str](run.state for run in (find_runs(root) if root.is_dir() else []))
-    return Progress(directory, found, tuple(cells), summaries, trials)
+    if not tune and not root.is_dir():
+        return {}, ()
+    fixed = replace(found.declared, max_steps=tune.get("max_steps", found.declared.max_steps), threshold=None)
+    own = {run_name(label, seed) for seed in found.seeds for label in found.declared.conditions}
+    runs = {run.path.name: run for run in (find_runs(root) if root.is_dir() else [])}
+    # One that was killed or refused before its first record has no directory that says so.
+    runs |= {name: RunRecord(root / name) for name in ended if tune and name not in own and name not in runs}
+    states, broken = Counter[str](), list[Cell]()
+    for name, run in runs.items():
+        label, _, seed = name.rpartition("_s")
+        begun = layout.holds_run(run.path) or run.is_starting
+        if begun and run.state in (*_GOING, "done"):
+            states[run.state] += 1
+            continue
+        cell = _cell(run, begun, label, int(seed) if seed.isdecimal() else 0, fixed, None, ended.get(name, ()))
+        states[cell.state] += 1
+        if cell.state in _STOPPED or cell.why:
+            broken.append(replace(cell, name=name))
+    return states, tuple(broken)
 
 
 def _cell(
@@ -208,19 +236,25 @@ def text(cell: Cell, total: int) -> str:
 
 
 def stopped(progress: Progress) -> list[str]:
-    """Runs that have stopped before their end, by name with the reason, and what goes on with them."""
+    """Runs that have stopped before their end, by name with the reason, and what goes on with them; before them the trials,
+    as long as there is something to choose."""
     cells = [c for c in progress.cells if c.state in _STOPPED or (c.state == "waiting" and c.why)]
-    if not cells:
+    trials = () if progress.manifest.chosen else progress.broken
+    if not cells and not trials:
         return []
-    total = progress.manifest.declared.max_steps
+    tune: Mapping[str, Any] = progress.manifest.declared.tune or {}
     told = [
-        f"{cell.name}: {'not begun' if cell.state == 'waiting' else f'{cell.state} at step {cell.step}/{total}'}"
-        + (f", {cell.why}" if cell.why else "")
-        for cell in cells[:_NAMED]
+        *(f"trial {_told(cell, tune.get('max_steps', 0))}" for cell in trials),
+        *(_told(cell, progress.manifest.declared.max_steps) for cell in cells),
     ]
-    more = [f"... and {len(cells) - _NAMED} more"] if len(cells) > _NAMED else []
-    return [*told, *more, *_again(cells, progress)]
+    more = [f"... and {len(told) - _NAMED} more"] if len(told) > _NAMED else []
+    return [*told[:_NAMED], *more, *_again(len(told), progress)]
 
 
-def _again(cells: Sequence[Cell], progress: Progress) -> list[str]:
-    return [f"retrain --resume {shlex.quote(str(progress.directory))} goes on with {'it' if len(cells) == 1 else 'them'}"]
+def _told(cell: Cell, total: int) -> str:
+    where = "not begun" if cell.state == "waiting" else f"{cell.state} at step {cell.step}/{total}"
+    return f"{cell.name}: {where}" + (f", {cell.why}" if cell.why else "")
+
+
+def _again(count: int, progress: Progress) -> list[str]:
+    return [f"retrain --resume {shlex.quote(str(progress.directory))} goes on with {'it' if count == 1 else 'them'}"]

@@ -11,7 +11,7 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,23 +165,30 @@ def _run(
 def _train(directory: Path, planned: Plan, known: Manifest, *, plain: bool, stop: threading.Event) -> Manifest:
     """The campaign's own runs; with [squeeze] also the rank analysis of the first that is done."""
     root, settings = directory / layout.CAMPAIGN_RUNS, planned.loaded.config.squeeze
-    analysis = None
+    analysis, kept = None, known
+
+    def keep(found: Mapping[str, Any]) -> None:
+        # At once: a campaign that is killed later need not find it again.
+        nonlocal kept
+        kept = replace(known, squeeze=found)
+        manifest.write(directory, kept)
+
     if settings is not None and known.squeeze is None:
-        analysis = rank.Analysis(directory, settings, known.declared.threads)
-        for run in planned.runs:
+        analysis = rank.Analysis(directory, settings, known.declared.threads, keep)
+        first = analysis.begun_with()
+        for run in sorted(planned.runs, key=lambda run: run.name != first):
             if is_done(root / run.name, run.config.training.max_steps):
                 analysis.begin(root / run.name)
     try:
         run_all(root, planned.runs, planned, known, plain=plain, stop=stop, analysis=analysis)
         if analysis is not None:
-            analysis.poll(wait=not stop.is_set())
+            analysis.wait(stop)
+            if not analysis.run and not stop.is_set():
+                log.warning("No run is done, so there is no adapter for the rank analysis of [squeeze].")
     finally:
         if analysis is not None:
             analysis.stop()
-    if analysis is not None and analysis.found is not None:
-        known = replace(known, squeeze=analysis.found)
-        manifest.write(directory, known)
-    return known
+    return kept
 
 
 def _choose(
@@ -190,19 +197,28 @@ def _choose(
     """Bring the trials to their end, unless ``stop`` comes first, and write down what each condition chose."""
     runs = tune.planned_trials(planned)
     log.info("Trials first: %d runs choose %s for each condition.", len(runs), (known.declared.tune or {})["field"])
-    # A trial whose process did not live to say how it ended gets a second one; then it counts at its last evaluation.
-    for _ in range(2):
-        states = tune.states(directory, known)
-        todo = [run for run in runs if states[run.name] not in ("done", "failed")]
+    # A trial whose process did not live to say how it ended gets a second one; then it counts at its last evaluation. One
+    # that was refused gets it when the campaign is gone on with.
+    for again in (False, True):
+        open_ = tune.unfinished(directory, known)
+        ended = outcomes.processes(directory) if again else {}
+        todo = [run for run in runs if run.name in open_ and not (again and _was_told(ended.get(run.name, ())))]
         if todo and not stop.is_set():
             run_all(directory / layout.CAMPAIGN_TRIALS, todo, planned, known, plain=plain, stop=stop)
     if stop.is_set():
         return known
+    for line in tune.told(directory, known):
+        log.warning(line)
     known = replace(known, chosen=tune.choose(tune.trials(directory, known)))
     manifest.write(directory, known)
     for label, value in known.chosen.items():
         log.info("%s chose %s.", label, value)
     return known
+
+
+def _was_told(ended: outcomes.Ends) -> bool:
+    """Did the newest process say itself why it ended: an error of its own, or a refusal?"""
+    return bool(ended) and ended[-1].get("code") in (1, outcomes.REFUSED)
 
 
 def run_all(

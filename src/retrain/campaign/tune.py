@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ _LEVEL = 1e-12
 class Tried:
     """One value in one condition: its trials in the order of the seeds, each with the primary outcome on the trials' own
     tasks (of one that failed, or whose process is gone, its last evaluation; None where there is none), and their mean
-    where every trial has ended (one that came to no evaluation counts 0)."""
+    where every trial has ended (one that came to no evaluation counts 0). ``why`` says of each why it failed or is not done."""
 
     condition: str
     value: Any
@@ -39,6 +39,7 @@ class Tried:
     outcomes: tuple[float | None, ...]
     mean: float | None
     chosen: bool
+    why: tuple[str, ...] = ()
 
 
 def declared(planned: Plan) -> dict[str, Any] | None:
@@ -135,61 +136,124 @@ def trials(directory: Path, manifest: Manifest) -> tuple[Tried, ...]:
     fixed = manifest.declared
     if not fixed.tune:
         return ()
+    ended = outcomes.processes(directory)
     return tuple(
-        _tried(directory / layout.CAMPAIGN_TRIALS, fixed, condition, value, manifest.chosen)
+        _tried(directory / layout.CAMPAIGN_TRIALS, fixed, condition, value, manifest.chosen, ended)
         for condition in fixed.conditions
         for value in fixed.tune["values"]
     )
 
 
-def states(directory: Path, manifest: Manifest) -> dict[str, str]:
-    """The state of every trial by its name."""
-    tune: Mapping[str, Any] = manifest.declared.tune or {}
-    return {
-        run_name(
-            trial_label(each.condition, tune["field"], each.value, tune["values"]), seed
-        ): state
-        for each in trials(directory, manifest)
-        for seed, state in zip(each.seeds, each.states, strict=True)
-    }
+def unfinished(directory: Path, manifest: Manifest) -> set[str]:
+    """Names of the trials to start: those that have not ended, and all of a condition where none came to an evaluation, as
+    what stopped them may be gone by now."""
+    tried, found = trials(directory, manifest), set[str]()
+    for each in tried:
+        mute = all(value is None for other in tried if other.condition == each.condition for value in other.outcomes)
+        found |= {
+            name for name, state in zip(_names(each, manifest.declared), each.states, strict=True)
+            if state != "done" and (mute or state != "failed")
+        }  # fmt: skip
+    return found
 
 
-def _tried(root: Path, fixed: Declared, condition: str, value: Any, chosen: Mapping[str, Any]) -> Tried:
+def _names(tried: Tried, fixed: Declared) -> list[str]:
+    tune: Mapping[str, Any] = fixed.tune or {}
+    label = trial_label(tried.condition, tune["field"], tried.value, tune["values"])
+    return [run_name(label, seed) for seed in tried.seeds]
+
+
+def told(directory: Path, manifest: Manifest) -> list[str]:
+    """A line for each trial that failed, or came to no evaluation that is a number: what happened, and how it counts."""
+    lines: list[str] = []
+    for each in trials(directory, manifest):
+        for name, state, value, why in zip(
+            _names(each, manifest.declared), each.states, each.outcomes, each.why, strict=True
+        ):
+            if state == "done" and value is not None:
+                continue
+            what = "done, but none of its last evaluations is a number" if state == "done" else state
+            counts = "counts 0" if value is None else f"counts at its last evaluation, {value:.1%}"
+            lines.append(f"Trial {name}: {what}{f' ({why})' if why else ''}; it {counts}.")
+    return lines
+
+
+def _tried(
+    root: Path, fixed: Declared, condition: str, value: Any, chosen: Mapping[str, Any], ended: Mapping[str, outcomes.Ends]
+) -> Tried:
     tune: Mapping[str, Any] = fixed.tune or {}
     label = trial_label(condition, tune["field"], value, tune["values"])
-    runs = [outcome(root / run_name(label, seed), label, seed, fixed) for seed in tune["seeds"]]
-    ended = all(run.state in ("done", "failed", "dead") for run in runs)
-    values = [run.curve[-1][1] if run.state == "dead" and run.curve else run.value for run in runs]
-    mean = math.fsum(0.0 if v is None else v for v in values) / len(values) if ended else None
+    names = [run_name(label, seed) for seed in tune["seeds"]]
+    runs = [
+        outcome(root / name, label, seed, fixed, ended.get(name, ()))
+        for name, seed in zip(names, tune["seeds"], strict=True)
+    ]
+    states = ["failed" if _is_refused(run, ended.get(run.name, ())) else run.state for run in runs]
+    # Of one that broke off the last evaluation counts, and what came to none has no outcome, unlike one that reached 0.
+    values = [run.value if state == "done" else run.curve[-1][1] if run.curve and state in _ENDED else None
+              for run, state in zip(runs, states, strict=True)]  # fmt: skip
+    has_ended = all(state in _ENDED for state in states)
+    mean = math.fsum(0.0 if v is None else v for v in values) / len(values) if has_ended else None
     return Tried(
-        condition, value, tuple(tune["seeds"]), tuple(run.state for run in runs), tuple(values), mean,
-        condition in chosen and chosen[condition] == value,
+        condition, value, tuple(tune["seeds"]), tuple(states), tuple(values), mean,
+        condition in chosen and chosen[condition] == value, tuple(run.error or _why(ended.get(run.name, ())) for run in runs),
     )  # fmt: skip
 
 
-def outcome(path: Path, label: str, seed: int, fixed: Declared) -> RunOutcome:
-    """The trial in ``path`` as it stands."""
+def _why(ended: outcomes.Ends) -> str:
+    return str(ended[-1].get("why") or "") if ended else ""
+
+
+_ENDED = ("done", "failed", "dead")
+
+
+def _is_refused(run: RunOutcome, ended: outcomes.Ends) -> bool:
+    """Was a trial refused as often as is enough? Its value is then one that no run can have. A campaign starts a refused
+    trial once, so whoever went on with it had read why."""
+    last = ended[-outcomes.GIVEN_UP :]
+    is_refused = [row.get("code") == outcomes.REFUSED for row in last]
+    return run.state not in _ENDED and len(last) == outcomes.GIVEN_UP and all(is_refused)
+
+
+def outcome(path: Path, label: str, seed: int, fixed: Declared, ended: outcomes.Ends = ()) -> RunOutcome:
+    """The trial in ``path`` as it stands, after its processes ``ended``."""
     tune: Mapping[str, Any] = fixed.tune or {}
-    return outcomes.outcome(path, label, seed, replace(fixed, max_steps=tune["max_steps"], threshold=None))
+    return outcomes.outcome(path, label, seed, replace(fixed, max_steps=tune["max_steps"], threshold=None), ended)
 
 
 def choose(tried: Sequence[Tried]) -> dict[str, Any]:
     """For each condition the value with the best mean outcome; of equal ones the smaller, or the first where they are no
-    numbers. RunError where trials are not done, or a condition has none with an evaluation."""
+    numbers, and one without any evaluation is never taken. RunError where trials are not done, or a condition has none with an evaluation."""
     found: dict[str, Any] = {}
     for condition in dict.fromkeys(each.condition for each in tried):
         arms = [each for each in tried if each.condition == condition]
         if any(arm.mean is None for arm in arms):
+            first = next(_open(arms), "")
             raise RunError(
-                f"the trials of {condition} are not done.", fix="go on with the campaign: --resume DIR."
+                f"the trials of {condition} are not done{first}.",
+                fix="remove what stops them, then go on with: --resume DIR; one that is refused again counts 0.",
             )
         if all(value is None for arm in arms for value in arm.outcomes):
+            told = ((arm.value, seed, why) for arm in arms for seed, why in zip(arm.seeds, arm.why, strict=False) if why)
+            first = next((f" (seed {seed} of {value}: {why})" for value, seed, why in told), "")
             raise RunError(
-                f"no trial of {condition} came to an evaluation, so nothing can be chosen.",
-                fix="see what they printed, in the campaign's folder output.",
+                f"no trial of {condition} came to an evaluation, so nothing can be chosen{first}.",
+                fix="see what they printed, in the campaign's folder output; --resume DIR tries them again.",
             )
         best = max(arm.mean or 0.0 for arm in arms)
-        level = [arm.value for arm in arms if best - (arm.mean or 0.0) <= _LEVEL]
+        equal = [arm for arm in arms if best - (arm.mean or 0.0) <= _LEVEL]
+        # One that came to an evaluation of 0 was at least trained with.
+        tried_out = [arm for arm in equal if any(value is not None for value in arm.outcomes)]
+        level = [arm.value for arm in tried_out or equal]
         numbers = [value for value in level if isinstance(value, int | float) and not isinstance(value, bool)]
         found[condition] = min(numbers) if len(numbers) == len(level) else level[0]
     return found
+
+
+def _open(arms: Sequence[Tried]) -> Iterator[str]:
+    """In words, each trial that has not ended; those first that say why."""
+    for is_told in (True, False):
+        for arm in arms:
+            for seed, state, why in zip(arm.seeds, arm.states, arm.why or ("",) * len(arm.seeds), strict=True):
+                if state not in _ENDED and bool(why) is is_told:
+                    yield f": seed {seed} of {arm.value} is {state}" + (f" ({why.rstrip('.')})" if why else "")

@@ -2,7 +2,8 @@
 
 As a plug-in it brings learner, sampler and reward; importing it puts the fake renderer in the real one's place.
 ``backend.options``: ``step_s`` seconds of each step; ``signs`` is a folder in which a file named as a run holds what
-befalls it: "kill 2", "raise 2" or "refuse 0" (at that step).
+befalls it: "kill 2", "raise 2", "refuse 0" or "die 0" (at that step; "die" while it loads). One named ``<run>~<lr>``
+befalls the runs with that learning rate alone.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ class Backend(FakeBackend):
         self.step_s = float(options.get("step_s", 0))
         a = config.algorithm
         self.sign = Path(options["signs"]) / f"{a.advantage_mode}+{a.transform_mode}_s{config.training.seed}"
+        own = Path(f"{self.sign}~{config.training.lr:g}")
+        self.sign = own if own.exists() else self.sign
+        if self._befalls(0) == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
         if self._befalls(0) == "refuse":
             raise ConfigError("light: this run is refused.", fix="none.")
 
