@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from retrain.campaign import figures, findings, manifest, reading, report
+from retrain.campaign import cautions, figures, findings, manifest, reading, report
 from retrain.cli.main import main
 from retrain.errors import ResumeError, UsageError
 
@@ -289,6 +289,21 @@ def test_what_was_tuned_is_said_with_every_choice_and_trial(tmp_path):
     assert "training.lr was chosen for each condition" in twin.replace("\\", "")
     assert "| maxrl+none | 0.0001 |" in twin
     assert "| training.lr | 0.001 | 0.0001 |" in twin
+    for label, said in (
+        ("grpo+none", "training.lr = 0.001, the largest of the values that were tried: larger ones may be better."),
+        ("maxrl+none", "training.lr = 0.0001, the smallest of the values that were tried: smaller ones may be better."),
+    ):
+        assert any(text.startswith(f"{label} chose {said} Widen the list") for text in made["warnings"])
+    assert twin.count("Widen the list (campaign.tune) by larger values in a new campaign.") == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "chosen"),
+    [([1e-4, 1e-3, 1e-2], 1e-3), (["linear", "auto"], "auto"), ([False, True], True), ([1e-3], 1e-3), ([1e-4, 1e-3], None)],
+)
+def test_a_choice_inside_the_list_or_of_no_numbers_or_not_made_is_not_at_an_edge(values, chosen):
+    design = declared(TWO, tune={"field": "x.y", "values": values, "seeds": [1], "max_steps": 4})
+    assert cautions.at_edge(design, {} if chosen is None else {"grpo+none": chosen}) == []
 
 
 def test_settings_that_look_like_secrets_are_hidden(tmp_path):

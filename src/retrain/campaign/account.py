@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from retrain.campaign import effects, manifest, words
+from retrain.campaign import cautions, effects, manifest, words
+from retrain.campaign import findings as found
 from retrain.campaign.cautions import runs_of
 from retrain.campaign.findings import Findings
 from retrain.campaign.outcomes import RunOutcome, counts
@@ -145,6 +146,7 @@ def tuning(campaign: Findings) -> tuple[str, Table | None, Table | None]:
         f"{field} was chosen for each condition on seeds and held-out tasks of its own, with the same budget for every "
         f"condition ({told})."
     )
+    text = " ".join([text, *cautions.at_edge(campaign.declared, chosen)])
     return (
         text,
         Table(("Condition", f"{field}, chosen"), rows, frozenset({1})),
@@ -165,13 +167,18 @@ def _trials(campaign: Findings, field: str) -> Table | None:
                     for state, value in zip(each.states, each.outcomes, strict=True)
                 ),
                 "n/a" if each.mean is None else f"{each.mean:.1%}",
+                words.share_interval(*found.interval([v or 0.0 for v in each.outcomes])) if each.mean is not None else "n/a",
                 "chosen" if each.chosen else "",
             )
             for each in campaign.tried
         )
-        note = "Means over the evaluations of the last fifth of steps, on the trials' own tasks; * counts at its last evaluation."
-        columns = ("Condition", field, *(f"Seed {seed}" for seed in seeds), "Mean", "")
-        return Table(columns, rows, frozenset(range(1, len(seeds) + 3)), note)
+        note = (
+            "Means over the evaluations of the last fifth of steps, on the trials' own tasks; * counts at its last evaluation, "
+            "and what came to none as 0. Intervals are over the trials' seeds"
+            + (", and one has none." if len(seeds) < 2 else "; where they overlap, more seeds might choose another value.")
+        )
+        columns = ("Condition", field, *(f"Seed {seed}" for seed in seeds), "Mean", "95 % interval", "")
+        return Table(columns, rows, frozenset(range(1, len(seeds) + 4)), note)
     listed = tuple(
         (each.name, each.state, "n/a" if each.accuracy is None else number(each.accuracy, share=True)) for each in campaign.trials
     )

@@ -8,6 +8,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from retrain.campaign.manifest import Declared, Manifest, settings_digest
 from retrain.campaign.outcomes import RunOutcome
@@ -56,7 +57,7 @@ def warnings(
             f"{_names(strange)} in {layout.CAMPAIGN_RUNS}/ belong to no declared condition and seed: they count nowhere."
         )
     said += [*_steps(declared, runs), *_settings(declared, runs), *_tasks(declared, readings)]
-    said += [*_ended(declared, runs), *_evaluations(declared, runs)]
+    said += [*_ended(declared, runs), *_evaluations(declared, runs), *at_edge(declared, found.chosen)]
     conditions = {run.name: run.condition for run in runs}
     for key, words in _SAME.items():
         said += _same(declared, key, words, conditions, readings)
@@ -68,6 +69,26 @@ def warnings(
             "the number that they used."
         )
     return said
+
+
+def at_edge(declared: Declared, chosen: Mapping[str, Any]) -> list[str]:
+    """Of conditions that chose the smallest or the largest value that was tried, numbers alone: the best may lie beyond."""
+    tune: Mapping[str, Any] = declared.tune or {}
+    values: list[Any] = list(tune.get("values", ()))
+    if len(set(values)) < 2 or not all(_is_number(value) for value in values):
+        return []
+    said: list[str] = []
+    for end, words, beyond in ((min(values), "smallest", "smaller"), (max(values), "largest", "larger")):
+        if at := [label for label in declared.conditions if _is_number(value := chosen.get(label)) and value == end]:
+            said.append(
+                f"{_names(at)} chose {tune['field']} = {end:g}, the {words} of the values that were tried: {beyond} ones may be "
+                f"better. Widen the list (campaign.tune) by {beyond} values in a new campaign."
+            )
+    return said
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def broken(runs: Sequence[RunOutcome], labels: Sequence[str]) -> str:

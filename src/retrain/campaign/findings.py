@@ -313,15 +313,19 @@ def _metric(
 ) -> Metric:
     runs, against = np.array(arms[label], np.float64), np.array(arms[baseline], np.float64)
     known = runs[~np.isnan(runs)]
-    mean = low = high = math.nan
-    if len(known):
-        mean = float(known.mean())
-    if len(known) > 1:
-        centre, variance = procedure.moments(known)
-        half = float(procedure.t_critical(0.025, float(len(known) - 1))) * math.sqrt(float(variance) / len(known))
-        mean, low, high = float(centre), float(centre) - half, float(centre) + half
+    mean = float(known.mean()) if len(known) else math.nan
+    low, high = interval(known)
     between = (math.nan, math.nan, math.nan) if label == baseline else _between(runs, against, paired)
     return Metric(name, *told, label, len(known), mean, low, high, *between)
+
+
+def interval(values: Sequence[float] | procedure.Values) -> tuple[float, float]:
+    """Ends of the 95 % t interval of the mean of ``values`` [n]; NaN for fewer than two."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    centre, variance = procedure.moments(np.asarray(values, np.float64))
+    half = float(procedure.t_critical(0.025, float(len(values) - 1))) * math.sqrt(float(variance) / len(values))
+    return float(centre) - half, float(centre) + half
 
 
 def _between(

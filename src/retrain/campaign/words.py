@@ -164,8 +164,8 @@ def arms(analysis: Analysis, level: float) -> Table:
     """Every condition by itself."""
     rows = tuple(
         (
-            arm.label, str(arm.n), _share(arm.mean), _interval(arm.low, arm.high), points(arm.sd, sign=False), _share(arm.iqm),
-            *(_share(v) for v in _extremes(arm.values)),
+            arm.label, str(arm.n), _share(arm.mean), share_interval(arm.low, arm.high), points(arm.sd, sign=False),
+            _share(arm.iqm), *(_share(v) for v in _extremes(arm.values)),
         )
         for arm in analysis.arms
     )  # fmt: skip
@@ -288,7 +288,8 @@ def _share(value: float) -> str:
     return number(value, share=True)
 
 
-def _interval(low: float, high: float) -> str:
+def share_interval(low: float, high: float) -> str:
+    """Ends of the interval of a share, as far as a share goes."""
     low, high = shown_ends(low, high, "share")
     return "n/a" if math.isnan(low + high) else f"{low:.1%} to {high:.1%}"
 
