@@ -15,6 +15,8 @@ from rich.console import Console
 from retrain import live
 from retrain.tracking.vitals import Alarm
 
+log = logging.getLogger("retrain")
+
 
 def step_line(step: int, m: Mapping[str, Any]) -> str:
     """One training step as one line, in the product's order of fields."""
@@ -47,7 +49,77 @@ def step_line(step: int, m: Mapping[str, Any]) -> str:
     }
     if skipped:
         parts.append("skipped=" + ", ".join(f"{v} {k.replace('_', ' ')}" for k, v in skipped.items()))
+    if m.get("bp_action"):
+        parts.append(f"bp={_pressure(m)}")
     return " | ".join(parts)
+
+
+def _pressure(m: Mapping[str, Any]) -> str:
+    """What back pressure decided in this step, for the next one, and why."""
+    said, size = str(m["bp_action"]), m.get("bp_batch_size")
+    if size is not None and size != m.get("batch_size"):
+        said += f" to {size}"
+    if m.get("bp_out_of_memory"):
+        said += ", memory ran out"
+    if m.get("bp_drifted"):
+        said += ", throughput has changed"
+    if m.get("bp_p_star") is not None and m.get("group_size"):
+        said += f", peak near {_tasks(m, 'bp_p_star')} tasks"
+    elif m.get("bp_sigma") is not None:
+        said += ", no peak in sight"
+    elif m["bp_action"] not in ("warm-up", "probe"):
+        said += ", no fit"
+    return said
+
+
+def _tasks(m: Mapping[str, Any], key: str) -> str:
+    return f"{m[key] / m['group_size']:,.3g}"
+
+
+class BatchSizes:
+    """What a run under back pressure measured, for the line at its end."""
+
+    def __init__(self) -> None:
+        self._rates: dict[int, list[float]] = {}
+        self._last: Mapping[str, Any] | None = None
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Take in a training step. The first of a process loads and compiles, and one in which memory ran out was sampled
+        twice: neither says how fast its size is."""
+        if not metrics.get("bp_action"):
+            return
+        size, rate = metrics.get("batch_size"), metrics.get("tokens_per_second")
+        if self._last is not None and size and rate and not metrics.get("bp_out_of_memory"):
+            self._rates.setdefault(int(size), []).append(float(rate))
+        self._last = metrics
+
+    def advice(self) -> str:
+        """Which size to use next time, and why; "" for a run without back pressure."""
+        last = self._last
+        if last is None or last.get("bp_batch_size") is None:
+            return ""
+        means = {size: sum(rates) / len(rates) for size, rates in sorted(self._rates.items())}
+        fastest = max(means, key=lambda size: means[size], default=None)
+        tried = f"{', '.join(map(str, means))} task{'s' * (list(means) != [1])}"
+        ceiling = f" Memory ran out above {last['bp_ceiling']}." if last.get("bp_ceiling") else ""
+        best = "" if fastest is None else f"{fastest} was the fastest, {means[fastest]:,.0f} tokens/s"
+        if last["bp_action"] in ("warm-up", "probe"):
+            sofar = f" Of {tried} {best} so far." if best else ""
+            return f"Back pressure was still measuring: it recommends no batch size yet.{sofar}{ceiling}"
+        size = last["bp_batch_size"]
+        if last.get("bp_p_star") is not None and last.get("group_size"):
+            low, high = (_tasks(last, key) if last.get(key) is not None else "" for key in ("bp_p_star_low", "bp_p_star_high"))
+            interval = f" (95 % interval {low} {f'to {high}' if high else 'upwards'})" if low else ""
+            why = f"throughput peaks near {_tasks(last, 'bp_p_star')} tasks{interval}"
+            if last["bp_action"] == "grow":
+                why += ", and the size was still growing towards that"
+        elif last.get("bp_sigma") is not None:
+            why = f"throughput has no peak in sight up to {max([size, *means])} tasks"
+        elif fastest is None:
+            return ""
+        else:
+            size, why = fastest, f"no law fitted what was measured; of {tried} {best}"
+        return f"Back pressure: use training.batch_size = {size} next time. Why: {why}.{ceiling}"
 
 
 def evaluation_line(step: int, m: Mapping[str, Any]) -> str:
@@ -164,6 +236,7 @@ class ConsoleSink:
     def __init__(self, *, total_steps: int, plain: bool) -> None:
         self._console = console()
         self._view: live.LiveView | None = None
+        self._sizes = BatchSizes()
         if shows_views(self._console) and not plain:
             self._view = live.LiveView(self._console, total_steps=total_steps)
             self._view.start()
@@ -184,6 +257,7 @@ class ConsoleSink:
         if "eval/accuracy" in metrics:
             self._console.print(evaluation_line(step, metrics))
             return
+        self._sizes.log(metrics)
         self._console.print(step_line(step, metrics))
         self._console.file.flush()
 
@@ -193,10 +267,13 @@ class ConsoleSink:
             self._view.alarm(alarm)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Leave the terminal as it was, and say what back pressure found."""
         if self._view is not None:
             self._view.stop()
             self._view = None
+        if said := self._sizes.advice():
+            log.info(said)
+        self._sizes = BatchSizes()
 
 
 class ConsoleHandler(logging.Handler):
