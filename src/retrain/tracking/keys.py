@@ -95,7 +95,7 @@ STEP_KEYS: tuple[tuple[str, str, str], ...] = (
     ("bp_batch_size", "tasks", "batch size of the next step"),
     (
         "bp_p_star", "rollouts",
-        "concurrency of the highest throughput; null without a fit, and where no peak is told from noise (then bp_sigma is known)",
+        "concurrency of the highest throughput; null without a fit, and where no peak is told from noise (bp_sigma is known)",
     ),
     ("bp_p_star_low", "rollouts", "lower end of its 95 % interval; null without a fit"),
     ("bp_p_star_high", "rollouts", "upper end of it; null without a fit, and where it is infinite"),
@@ -105,7 +105,7 @@ STEP_KEYS: tuple[tuple[str, str, str], ...] = (
     ("bp_kappa", "", "cost of each pair that is kept in step; null without a fit"),
     ("bp_kappa_low", "", "lower end of its 95 % interval; null without a fit"),
     ("bp_kappa_high", "", "upper end of it; null without a fit, and where it is infinite"),
-    ("bp_noise", "share", "standard deviation of one step's throughput around the fit; null without one, and where too few steps tell it"),
+    ("bp_noise", "share", "standard deviation of one step's throughput around the fit; null where nothing tells it"),
     ("bp_throughput", "tokens/s", "moving average of `tokens_per_second`"),
     ("bp_regime", "", "compute or memory: the given peak that sampling came closer to; null without both"),
     ("bp_utilization", "share", "of that peak that sampling reached; null without peaks"),
