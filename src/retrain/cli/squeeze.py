@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import sys
@@ -303,7 +304,7 @@ def _write(job: Job, found: Analysis, rank: int, record: dict[str, Any]) -> Comp
         raise
     written = replace(written, directory=output)
     row = found.row(rank)
-    record["compressed"] = {**written.record(), "retained": row.mean, "predicted_error": row.error}
+    record["compressed"] = {**written.record(), "retained": row.mean, "predicted_error": math.hypot(row.error, written.rounding)}
     return written
 
 
@@ -412,7 +413,7 @@ def _tell_wandb(job: Job, record: Mapping[str, Any]) -> str:
 
 
 def _report(record: Mapping[str, Any], *, hint: bool) -> str:
-    from retrain.squeeze.show import report
+    from retrain.squeeze.show import percent, report
 
     lines = [report(record)]
     made = record.get("compressed")
@@ -422,7 +423,8 @@ def _report(record: Mapping[str, Any], *, hint: bool) -> str:
         lines += [
             "",
             f"Wrote {made['output']}: rank {made['rank']}, alpha {made['alpha']:g}{folded}; {size}, keeps "
-            f"{made['retained']:.2%} of the variance.",
+            f"{percent(made['retained'])} of the variance; relative error {made['predicted_error']:.2g}, of which "
+            f"{made['rounding_error']:.1g} is the rounding to {made['dtype']}.",
         ]
         if made["patterns"]:
             lines.append("Its layers differ in rank or alpha: PEFT loads it, a run cannot start from it.")

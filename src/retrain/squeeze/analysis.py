@@ -54,7 +54,8 @@ class Layer:
 @dataclass(frozen=True, slots=True)
 class Row:
     """One rank of the table. Shares of variance in [0, 1]: mean, least and most over layers, and of all layers' squared
-    norms together; ``error`` is the predicted relative error of the whole update, the root of what ``pooled`` leaves."""
+    norms together; ``error`` is the predicted relative error of the whole update, the root of what ``pooled`` leaves, without
+    the rounding of a written file (``Compressed.rounding``)."""
 
     rank: int
     mean: float
@@ -110,13 +111,23 @@ class Analysis:
         return _row(self.layers, rank)
 
 
+_LAYERS = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(\d+)(?=\.|$)")
+"""A layer's number in a dotted name, whatever other numbers (of experts, of towers) stand there."""
+
+
 def number_of(name: str) -> int | None:
-    """The layer's number in a module's dotted name, the first whole number in it; None without one."""
+    """The layer's number in a module's dotted name, else the first whole number in it; None without one."""
+    if found := _LAYERS.search(name):
+        return int(found[1])
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def module_of(name: str) -> str:
-    """The kind of module: its name without the numbered layers around it."""
+    """The kind of module: what follows the layer's number in its name, with * for further numbers. Several modules of a
+    layer may be of one kind: experts."""
+    found = _LAYERS.search(name)
+    if found and found.end() < len(name):
+        return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", "*", name[found.end() + 1 :])
     return re.split(r"\.\d+\.", name)[-1]
 
 
@@ -155,6 +166,10 @@ def analyse(
     """
     source = adapter if isinstance(adapter, Source) else open_source(adapter)
     on = device_of(device)
+    if not 0 < wanted <= 1:
+        raise ConfigError(
+            f"squeeze.min_variance_retention = {wanted} is no share above 0 and at most 1.", fix="for example 0.95."
+        )
     if source_rank and source_rank != source.rank:
         raise ConfigError(
             f"squeeze.source_rank = {source_rank}, and the adapter {source.directory} has rank {source.rank}.",
@@ -207,6 +222,11 @@ def decompose(source: Source, pair: Pair, device: torch.device) -> Spectrum:
 def _ranks(source: Source, wanted: Sequence[int]) -> list[int]:
     if not wanted:
         return [*(2**i for i in range(source.rank.bit_length()) if 2**i < source.rank), source.rank]
+    wrong = [rank for rank in wanted if rank != int(rank) or rank < 1]
+    if wrong:
+        raise ConfigError(
+            f"squeeze.target_ranks holds {wrong[0]}, which is no whole number above 0.", fix=f"name 1 to {source.rank}."
+        )
     above = [rank for rank in wanted if rank > source.rank]
     if above:
         raise ConfigError(

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from retrain.adapter_settings import SETTINGS, WEIGHTS
-from retrain.errors import ConfigError
+from retrain.errors import ConfigError, ModelError
 from retrain.squeeze.analysis import Analysis, Progress, decompose, device_of, factors
 from retrain.squeeze.folder import same
-from retrain.squeeze.source import Source
+from retrain.squeeze.source import Pair, Source
 from retrain.squeeze.spectrum import truncated
 from retrain.squeeze.tensors import DTYPES, write
 from retrain.tracking.run_log import write_atomically
@@ -30,8 +30,9 @@ def _silent(what: str, done: int, total: int) -> None: ...
 
 @dataclass(frozen=True, slots=True)
 class Compressed:
-    """What was written: the settings' rank and alpha, how many numbers, and their format. ``patterns`` says that layers
-    differ in rank or alpha, so that PEFT alone loads it."""
+    """What was written: the settings' rank and alpha, how many numbers, and their format. ``rounding`` is what that format
+    changed, as a share of the norm of the whole update before. ``patterns`` says that layers differ in rank or alpha, so that
+    PEFT alone loads it."""
 
     directory: Path
     rank: int
@@ -40,12 +41,15 @@ class Compressed:
     bytes: int
     folded: bool
     patterns: bool
+    dtype: str
+    rounding: float
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
         return {
             "output": str(self.directory), "rank": self.rank, "alpha": self.alpha, "parameters": self.parameters,
             "bytes": self.bytes, "folded": self.folded, "patterns": self.patterns,
+            "dtype": self.dtype, "rounding_error": self.rounding,
         }  # fmt: skip
 
 
@@ -83,6 +87,7 @@ def compress(
     dtype = DTYPES[source.dtype]
     shapes = dict(sorted(_shapes(source, ranks).items()))
     directory.mkdir(parents=True, exist_ok=True)
+    rounded: list[float] = []
 
     def tensors() -> Generator[torch.Tensor]:
         # Ordered as the header: A and B of one layer stand side by side in it.
@@ -96,8 +101,9 @@ def compress(
                 pair = layer.pair
                 a, b = factors(source, pair, on)
                 found = layer.spectrum or decompose(source, pair, on)
-                factor = pair.scale / _scale(written[pair.name], ranks[pair.name], source.rslora)
-                new_a, new_b = truncated(a, b, found, ranks[pair.name], factor)
+                scale = _scale(written[pair.name], ranks[pair.name], source.rslora)
+                new_a, new_b = truncated(a, b, found, ranks[pair.name], pair.scale / scale)
+                rounded.append(scale**2 * _rounding(source, pair, new_a, new_b, dtype))
                 waiting |= {pair.a: new_a, pair.b: new_b}
                 done += 1
             yield waiting.pop(name)
@@ -113,9 +119,31 @@ def compress(
         weights.unlink(missing_ok=True)
     write_atomically(directory / SETTINGS, json.dumps(settings, indent=2, sort_keys=True) + "\n")
     count = sum(int(torch.Size(s).numel()) for s in shapes.values())
+    total = math.fsum(layer.norm**2 for layer in analysis.layers)
     return Compressed(
-        directory, rank, alpha, count, (directory / WEIGHTS).stat().st_size, folded, bool(smaller or own)
-    )
+        directory, rank, alpha, count, (directory / WEIGHTS).stat().st_size, folded, bool(smaller or own),
+        source.dtype, math.sqrt(math.fsum(rounded) / total) if total else 0.0,
+    )  # fmt: skip
+
+
+def _rounding(source: Source, pair: Pair, a_RI: torch.Tensor, b_OR: torch.Tensor, dtype: torch.dtype) -> float:
+    """Squared norm of what rounding both float64 factors to ``dtype`` changes in ``B A``; ModelError where they overflow.
+
+    The change is ``dB A' + B dA`` with A' rounded: its norm comes from products of size rank x rank, none of which cancel.
+    """
+    rounded_a, rounded_b = a_RI.to(dtype).double(), b_OR.to(dtype).double()
+    for name, tensor in ((pair.a, rounded_a), (pair.b, rounded_b)):
+        if not bool(tensor.isfinite().all()):
+            raise ModelError(
+                f"{source.directory}: {name} at another rank holds numbers beyond {source.dtype}, which ends at "
+                f"{torch.finfo(dtype).max:.3g}.",
+                fix="convert the adapter to float32, and squeeze that.",
+            )
+    d_a, d_b = rounded_a - a_RI, rounded_b - b_OR
+    first = ((d_b.T @ d_b) * (rounded_a @ rounded_a.T)).sum()
+    second = ((b_OR.T @ b_OR) * (d_a @ d_a.T)).sum()
+    mixed = ((d_b.T @ b_OR) * (rounded_a @ d_a.T)).sum()
+    return max(0.0, float(first + second + 2 * mixed))
 
 
 def _alpha(scale: float, rank: int, rslora: bool) -> float:

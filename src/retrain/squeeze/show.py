@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,15 +57,22 @@ def percent(share: float) -> str:
 
 
 def grid(record: Mapping[str, Any], key: str) -> tuple[list[str], list[str], list[list[float | None]]]:
-    """Layers, module types, and ``key`` of each layer's record as layers x types (None where a layer lacks the type)."""
+    """Layers, module types, and ``key`` of each layer's record as layers x types (None where a layer lacks the type): the
+    largest where a layer has several modules of a type."""
     found: dict[tuple[int, str], float] = {}
     for layer in record["layers"]:
-        found[-1 if layer["layer"] is None else layer["layer"], layer["module"]] = layer[key]
+        place = (-1 if layer["layer"] is None else layer["layer"], layer["module"])
+        found[place] = max(layer[key], found.get(place, layer[key]))
     numbers = sorted({number for number, _ in found})
     kinds = list(dict.fromkeys(layer["module"] for layer in record["layers"]))
     kinds.sort(key=_usual_order)
     values = [[found.get((number, kind)) for kind in kinds] for number in numbers]
     return [str(number) if number >= 0 else "-" for number in numbers], kinds, values
+
+
+def sharing(record: Mapping[str, Any]) -> int:
+    """The most modules of one type in a layer, such as experts: 1 without any."""
+    return max(Counter((layer["layer"], layer["module"]) for layer in record["layers"]).values())
 
 
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -82,9 +90,11 @@ def heat_map(record: Mapping[str, Any]) -> list[str]:
     width = max(7, *(len(kind) + 2 for kind in short))
     step = -(-len(names) // _ROWS)
     kept = percent(record["min_variance_retention"])
+    many = sharing(record)
+    largest = [f"{step} layers"] * (step > 1) + [f"up to {many} modules of a type"] * (many > 1)
     lines = [
         f"rank that keeps {kept} of each layer, by itself"
-        + (f" (largest of {step} layers)" if step > 1 else "")
+        + (f" (largest of {' and '.join(largest)})" if largest else "")
     ]
     lines.append(f"{'layer':>8}" + "".join(f"{kind:>{width}}" for kind in short))
     for at in range(0, len(names), step):
@@ -93,7 +103,7 @@ def heat_map(record: Mapping[str, Any]) -> list[str]:
         last = names[min(at + step, len(names)) - 1]
         label = names[at] if step == 1 else f"{names[at]}-{last}"
         lines.append(f"{label:>8}" + "".join(_cell(value, record["rank"], width) for value in cells))
-    means = [_mean([row[c] for row in values]) for c in range(len(kinds))]
+    means = [_mean([la["needed_rank"] for la in record["layers"] if la["module"] == kind]) for kind in kinds]
     lines.append(f"{'mean':>8}" + "".join(f"{m:>{width - 2}.1f}  " for m in means))
     return [line.rstrip() for line in lines]
 
@@ -115,9 +125,8 @@ def _largest(values: Sequence[float | None]) -> float | None:
     return max([value for value in values if value is not None], default=None)
 
 
-def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known)
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def page(record: Mapping[str, Any]) -> str:
@@ -125,7 +134,8 @@ def page(record: Mapping[str, Any]) -> str:
     go: Any = importlib.import_module("plotly.graph_objects")
     subplots: Any = importlib.import_module("plotly.subplots")
     kept = percent(record["min_variance_retention"])
-    titles = ("Variance kept by rank", f"Rank that keeps {kept} of a layer", "Effective rank (entropy)")
+    of = f", largest of up to {many} modules" if (many := sharing(record)) > 1 else ""
+    titles = ("Variance kept by rank", f"Rank that keeps {kept} of a layer{of}", f"Effective rank (entropy){of}")
     figure: Any = subplots.make_subplots(
         rows=1, cols=3, subplot_titles=titles, column_widths=[0.3, 0.35, 0.35]
     )

@@ -87,14 +87,14 @@ def open_source(directory: Path, key: str = "squeeze.adapter_path") -> Source:
     found = entries(directory / WEIGHTS)
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     patterns: list[Any] = [settings.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
-    if not isinstance(rank, int) or rank < 1 or not _is_scale(alpha):
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not _is_scale(alpha):
         raise ModelError(
-            f"{directory}: its rank and alpha are {rank!r} and {alpha!r}, not numbers above 0.",
+            f"{directory}: its rank and alpha are {rank!r} and {alpha!r}, not numbers above 0 (alpha: 1e-9 to 1e9).",
             fix="correct adapter_config.json.",
         )
     if not all(isinstance(p, Mapping) for p in patterns) or not all(map(_is_scale, patterns[1].values())):
         raise ModelError(
-            f"{directory}: rank_pattern and alpha_pattern must map layers to numbers above 0.",
+            f"{directory}: rank_pattern and alpha_pattern must map layers to numbers above 0 (alpha: 1e-9 to 1e9).",
             fix="correct adapter_config.json.",
         )
     rslora = bool(settings.get("use_rslora"))
@@ -121,9 +121,7 @@ def matched(patterns: Iterable[str], name: str) -> str | None:
 
 
 def _is_scale(value: object) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-9 <= value <= 1e9
 
 
 def _refuse(directory: Path, settings: Mapping[str, Any]) -> None:
@@ -151,6 +149,7 @@ def _pairs(
     directory: Path, found: Mapping[str, Entry], settings: Mapping[str, Any], alpha: float, rslora: bool
 ) -> Iterable[Pair]:
     alphas = cast("Mapping[str, float]", settings.get("alpha_pattern") or {})
+    ranks = cast("Mapping[str, object]", settings.get("rank_pattern") or {})
     used: set[str] = set()
     for first, second in _PAIRS:
         for a in (n for n in found if n.endswith(first)):
@@ -175,6 +174,12 @@ def _pairs(
                 own = float(alphas.get(matched(alphas, layer) or "", alpha))
             except re.error as error:
                 raise _unfit(directory, f"alpha_pattern holds an expression that is none: {error}") from error
+            try:
+                said = ranks.get(matched(ranks, layer) or "", settings["r"])
+            except re.error as error:
+                raise _unfit(directory, f"rank_pattern holds an expression that is none: {error}") from error
+            if said != rank:
+                raise _unfit(directory, f"{a} has rank {rank}, and adapter_config.json says {said!r}")
             yield Pair(layer, a, b, rank, own, own / (math.sqrt(rank) if rslora else rank), columns, rows)
     extra = sorted(set(found) - used)
     if extra:
