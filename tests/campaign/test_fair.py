@@ -168,3 +168,72 @@ def test_an_evaluation_may_have_a_length_of_its_own():
         return evaluator(load({**base, "eval": {"source": "arithmetic", **keys}}).config, FakeRenderer()).sampling.max_tokens
 
     assert (length(), length(max_tokens=5), length(max_tokens=20)) == (9, 5, 20)
+
+
+EDITS = (
+    ("alpha", "0.2", "campaign.alpha was 0.05 and is 0.2"),
+    ("smallest_effect", "0.3", "campaign.smallest_effect was 0.02 and is 0.3"),
+    ("test", '"paired"', "campaign.test was 'welch' and is 'paired'"),
+    ("threads", "2", "campaign.threads was 1 and is 2"),
+    ("max_steps", "3", "campaign.max_steps was 2 and is 3"),
+    ("baseline", '"maxrl+none~lr=0.001"', "campaign.baseline was 'maxrl+none' and is 'maxrl+none~lr=0.001'"),
+    ("threshold", "0.5", "campaign.threshold was None and is 0.5"),
+)
+
+
+def test_an_edited_design_is_not_gone_on_with(stopped):
+    config = stopped / "config.toml"
+    text = config.read_text()
+    head, _, tail = text.partition("[campaign]\n")
+
+    def edited(**values):
+        kept = [line for line in tail.splitlines() if not line.startswith(tuple(f"{key} = " for key in values))]
+        config.write_text("\n".join([f"{head}[campaign]", *(f"{key} = {value}" for key, value in values.items()), *kept]))
+
+    for key, value, said in EDITS:
+        edited(**{key: value})
+        with pytest.raises(ResumeError) as caught:
+            go_on(stopped)
+        assert f"config.toml: {said};" in str(caught.value)
+    # What was declared in other words.
+    edited(looks="[]", threads="0")
+    assert go_on(stopped).counts == {"waiting": 4}
+
+
+def resumed_with(path, directory, *overrides):
+    stop = threading.Event()
+    stop.set()
+    loaded = load(path, [Override.of("resume.from", str(directory), "--resume"), *overrides])
+    return execute(loaded, plain=True, stop=stop)
+
+
+def test_a_file_beside_resume_must_be_of_the_same_design(stopped, tmp_path):
+    path = tmp_path / "c.toml"
+    text = path.read_text()
+    # What any resume may change may differ, and acts.
+    path.write_text(text.replace("[data]", "[training]\nsave_every = 1\n[data]"))
+    assert resumed_with(path, stopped).counts == {"waiting": 4}
+    for old, new, said in (
+        ("[data]", "[training]\nlr = 0.5\n[data]", "training.lr was 4e-05 and is 0.5;"),
+        ("lr = 1e-3", "lr = 1e-2", "condition maxrl.none~lr=0.001 is not what it was"),
+        ("max_steps = 2", "max_steps = 3", "campaign.max_steps was 2 and is 3;"),
+        ("threads = 1", "threads = 1\nalpha = 0.1", "campaign.alpha was 0.05 and is 0.1;"),
+        ("threads = 1", 'threads = 1\ntune = { lr = [1e-3, 1e-2], seeds = [1] }', "campaign.tune"),
+    ):
+        arm = 'advantage_mode = "grpo"\n' if "tune" in new else "lr = 1e-3\n"
+        path.write_text(text.replace("lr = 1e-3\n", arm).replace(old, new))
+        with pytest.raises(ResumeError, match=said) as caught:
+            resumed_with(path, stopped)
+        assert str(caught.value).startswith(str(path))
+        assert "--resume DIR alone" in str(caught.value)
+    path.write_text(text)
+    with pytest.raises(ResumeError, match=r"training.lr was 4e-05 and is 0.5"):
+        resumed_with(path, stopped, Override.of("training.lr", 0.5, "--lr"))
+
+
+def test_added_seeds_stay_unless_the_command_line_names_others(stopped, tmp_path):
+    assert go_on(stopped, Override.of("campaign.seeds", (11, 12, 13), "--seeds")).counts == {"waiting": 6}
+    with pytest.raises(ResumeError, match="has the seeds 11, 12, 13: they stay"):
+        go_on(stopped, Override.of("campaign.seeds", (11, 12), "--seeds"))
+    assert resumed_with(tmp_path / "c.toml", stopped).counts == {"waiting": 6}
+    assert "The added seeds 13 stay." in (stopped / "events.log").read_text()

@@ -341,25 +341,65 @@ def settings_of(planned: Plan) -> dict[str, str]:
     return {c.label: settings_digest(run.config, key if values else "") for c, run in arms}
 
 
-def check_unchanged(planned: Plan, declared: Declared) -> None:
-    """ResumeError where the campaign's configuration is not that of its first start."""
-    now, before = settings_of(planned), declared.settings
+def check_unchanged(planned: Plan, declared: Declared, before: Config | None = None) -> None:
+    """ResumeError where the configuration is not that of the campaign's first start. ``before`` is the configuration that the
+    campaign keeps, where ``planned`` is of another file: the error then names the settings."""
+    now, kept = settings_of(planned), declared.settings
     labels = [label for label in (*declared.conditions, *now) if (label in now) != (label in declared.conditions)]
-    changed = labels or [label for label in now if before and now[label] != before.get(label)]
-    tune, campaign = declared.tune, planned.campaign
-    if tune and not changed:
-        field, values = campaigns.tuned(campaign)
-        steps = campaign.tune.max_steps or campaign.max_steps
-        if [field, *values] != [tune["field"], *tune["values"]] or [steps, *campaign.tune.seeds] != [
-            tune["max_steps"], *tune["seeds"],
-        ]:  # fmt: skip
-            changed = ["campaign.tune"]
-    if changed:
-        what = f"condition {changed[0]}" if changed[0] != "campaign.tune" else changed[0]
+    changed = labels or [label for label in now if kept and now[label] != kept.get(label)]
+    differing = _changed_design(planned, declared, is_same=not labels)
+    if not changed and not differing:
+        return
+    said = differing
+    if changed and not any(line.startswith("campaign.max_steps") for line in differing):
+        shared = _differing(before, planned.loaded.config) if before is not None and not labels else []
+        said = [*(shared or [f"condition {changed[0]} is not what it was"]), *differing]
+    what = ", ".join(said)
+    if all(line.endswith(" is not what it was") for line in said):
+        what += " when the campaign began"
+    raise ResumeError(
+        f"{planned.loaded.path or 'the configuration'}: {what}; the campaign's remaining runs could not be compared with those "
+        "that are done.",
+        fix="restore the file; another design is another campaign."
+        if before is None
+        else "go on without the file (--resume DIR alone), or start a new campaign for another design.",
+    )
+
+
+def _changed_design(planned: Plan, declared: Declared, *, is_same: bool) -> list[str]:
+    """What [campaign] says otherwise than was declared: keys with both values. ``is_same``: the conditions are the same."""
+    campaign, tune = planned.campaign, declared.tune
+    pairs: dict[str, tuple[Any, Any]] = {
+        "max_steps": (declared.max_steps, campaign.max_steps),
+        "alpha": (declared.alpha, campaign.alpha),
+        "smallest_effect": (declared.smallest_effect, campaign.smallest_effect),
+        "test": (declared.test, campaign.test),
+        "looks": (list(declared.looks), list(campaign.looks or (len(declared.seeds),))),
+        "threshold": (declared.threshold, campaign.threshold),
+        # 0 leaves the number to what was declared.
+        "threads": (declared.threads, campaign.threads or declared.threads),
+    }
+    if is_same:
+        pairs["baseline"] = (declared.baseline, campaigns.baseline(planned.loaded.config))
+    found = [f"campaign.{key} was {was!r} and is {now!r}" for key, (was, now) in pairs.items() if was != now]
+    field, values = campaigns.tuned(campaign)
+    if bool(tune) != bool(values):
+        return [*found, "campaign.tune is not what it was"]
+    steps = campaign.tune.max_steps or campaign.max_steps
+    if tune and [field, *values, steps, *campaign.tune.seeds] != [
+        tune["field"], *tune["values"], tune["max_steps"], *tune["seeds"],
+    ]:  # fmt: skip
+        found.append("campaign.tune is not what it was")
+    return found
+
+
+def check_tasks(declared: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """ResumeError where an ``evaluation`` is not of the tasks of the one that was declared."""
+    if declared.get("digest") not in (None, now.get("digest")):
         raise ResumeError(
-            f"{planned.loaded.path}: {what} is not what it was when the campaign began; its remaining runs could not be "
-            "compared with those that are done.",
-            fix="restore the file; another design is another campaign.",
+            f"the {declared['tasks']} {what} (source {declared['source']!r}) are not those of the campaign's first start: its "
+            "remaining runs could not be compared with those that are done.",
+            fix="restore the data that they are read from; other tasks are another campaign.",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import logging
 import os
@@ -41,6 +42,8 @@ log = logging.getLogger("retrain")
 _FULL = 2**24
 """A disk with fewer bytes left is full: the next checkpoint does not fit."""
 
+_CAMPAIGN = "campaign"
+
 RESUMABLE = ("parallel", "max_workers", "stagger_seconds", "launcher", "ray_address", "seeds")
 """Settings of [campaign] that may differ when a campaign goes on: how its runs are started, and more seeds."""
 
@@ -61,18 +64,20 @@ def execute(
     stop = stop or threading.Event()
     if loaded.config.resume.from_:
         directory = expanded(loaded.config.resume.from_, "resume.from").resolve()
+        manifest.read(directory)
         with _locked(directory), _logging(directory):
             return _continue(directory, loaded, plain=plain, stop=stop)
     root = _root(loaded)
     check_writable(root, "logging.log_dir")
-    directory = _new_directory(root)
-    planned = plan.plan(plan.anchored(loaded), name=directory.name)
+    planned = plan.plan(plan.anchored(loaded), name=_CAMPAIGN)
     if campaigns.launcher(planned.campaign) == "ray":
         ray_cluster.check(planned.campaign.ray_address)
     told = forecast.forecast(planned)
     forecast.refuse_unfit(planned, told)
-    declared = plan.declare(planned, directory.name, threads=told.threads, tune=tune.declared(planned))
-    _make(directory)
+    declared = plan.declare(planned, _CAMPAIGN, threads=told.threads, tune=tune.declared(planned))
+    directory = _new_directory(root)
+    planned = plan.plan(planned.loaded, name=directory.name)
+    declared = replace(declared, declared=replace(declared.declared, name=directory.name))
     with _locked(directory), _logging(directory):
         for line in (*planned.announcements, *forecast.lines(told, loaded.config)):
             log.info(line)
@@ -87,21 +92,17 @@ def _root(loaded: LoadedConfig) -> Path:
 
 
 def _new_directory(root: Path) -> Path:
+    """Make the folder of a new campaign; another one may begin in the same second."""
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-    directory, number = root / f"campaign_{stamp}", 1
-    while directory.exists():
-        number += 1
-        directory = root / f"campaign_{stamp}-{number}"
-    return directory
-
-
-def _make(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True)
-    except FileExistsError as error:
-        raise ConfigError(
-            f"{directory}: another campaign began there in the same second.", fix="start this one again."
-        ) from error
+    name, number = f"{_CAMPAIGN}_{stamp}", 1
+    while True:
+        directory = root / (name if number == 1 else f"{name}-{number}")
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return directory
 
 
 def _stored(config: Config) -> Config:
@@ -125,24 +126,62 @@ def stored(directory: Path, overrides: Sequence[Override] = ()) -> LoadedConfig:
     return load(directory / layout.CONFIG, overrides)
 
 
+def keeps(directory: Path, path: Path | None) -> bool:
+    """Is the file ``path`` the configuration that the campaign in ``directory`` keeps?"""
+    return path is not None and path.resolve() == (directory / layout.CONFIG).resolve()
+
+
 def _continue(directory: Path, loaded: LoadedConfig, *, plain: bool, stop: threading.Event) -> CampaignResult:
     known = manifest.read(directory)
+    own = keeps(directory, loaded.path)
     campaign = loaded.config.campaign or Campaign()
-    seeds = known.seeds
-    if campaign.seeds[: len(seeds)] != seeds and campaign.seeds != known.declared.seeds:
+    seeds, declared = known.seeds, known.declared.seeds
+    is_typed = loaded.origins["campaign.seeds"].kind in ("flag", "mapping")
+    if campaign.seeds[: len(seeds)] != seeds and (campaign.seeds != declared or is_typed):
         raise ResumeError(
             f"{directory} has the seeds {', '.join(map(str, seeds))}: they stay, and others may only follow them.",
             fix="list them first.",
         )
-    added = campaign.seeds != known.declared.seeds and len(campaign.seeds) > len(seeds)
+    added = campaign.seeds != declared and len(campaign.seeds) > len(seeds)
     if added:
-        known = replace(known, added=campaign.seeds[len(known.declared.seeds) :])
-    planned = plan.plan(loaded, name=directory.name, seeds=known.seeds, chosen=known.chosen)
-    plan.check_unchanged(planned, known.declared)
+        known = replace(known, added=campaign.seeds[len(declared) :])
+    planned = plan.plan(
+        loaded if own else plan.anchored(loaded), name=directory.name, seeds=known.seeds, chosen=known.chosen
+    )
+    before = None
+    if not own:
+        with contextlib.suppress(RetrainError):
+            before = stored(directory).config
+    plan.check_unchanged(planned, known.declared, before)
+    if not own:
+        if known.added and not added:
+            log.info("The added seeds %s stay.", ", ".join(map(str, known.added)))
+        for line in planned.announcements:
+            log.info(line)
+    root = directory / layout.CAMPAIGN_RUNS
+    if not all(is_done(root / run.name, run.config.training.max_steps) for run in planned.runs):
+        _check_tasks(planned, known)
+        forecast.refuse_unfit(planned, forecast.forecast(_without_pilot(planned)))
     if added:
         log.info("Seeds beyond the declared ones: what is said about them is exploratory.")
         manifest.write(directory, known)
     return _run(directory, planned, known, plain=plain, stop=stop)
+
+
+def _check_tasks(planned: Plan, known: Manifest) -> None:
+    """ResumeError where tasks that a remaining run would be judged by are not those that were declared."""
+    fixed = known.declared
+    plan.check_tasks(fixed.evaluation, plan.evaluation(planned.runs[0].config), "held-out tasks")
+    if fixed.tune and not known.chosen:
+        now = tune.declared(planned) or {}
+        plan.check_tasks(fixed.tune.get("evaluation", {}), now.get("evaluation", {}), "tasks that trials choose on")
+
+
+def _without_pilot(planned: Plan) -> Plan:
+    """The same runs without the earlier campaign that the design was made from, which may be gone by now."""
+    campaign = planned.campaign.model_copy(update={"pilot": ""})
+    config = planned.loaded.config.model_copy(update={"campaign": campaign})
+    return replace(planned, loaded=replace(planned.loaded, config=config))
 
 
 def _run(
@@ -340,13 +379,25 @@ def _check_space(root: Path) -> None:
 @contextmanager
 def _locked(directory: Path) -> Generator[None]:
     """Hold the campaign against another process that would start the same runs."""
-    with (directory / layout.LOCK).open("a") as file:
+    try:
+        file = (directory / layout.LOCK).open("a")
+    except OSError as error:
+        raise ConfigError(
+            f"{directory} cannot be written: {error.strerror or error}.",
+            fix="make it writable: a campaign that goes on writes there. `retrain status` and `retrain report` read it as it is.",
+        ) from error
+    with file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                    raise ConfigError(
+                        f"another process is running the campaign in {directory}.", fix="wait for it, or stop it."
+                    ) from error
                 raise ConfigError(
-                    f"another process is running the campaign in {directory}.", fix="wait for it, or stop it."
+                    f"{directory}: its file system gives no file locks: {error.strerror or error}.",
+                    fix="mount it with locks, or give a logging.log_dir on another file system.",
                 ) from error
         yield
 

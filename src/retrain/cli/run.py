@@ -67,10 +67,11 @@ def _campaign(loaded: LoadedConfig, line: CommandLine) -> int:
             )
     stop = threading.Event()
     with _signals(stop):
-        from retrain.campaign.run import execute, stored
+        from retrain.campaign.run import execute, keeps, stored
 
-        if loaded.config.resume.from_:
-            loaded = stored(Path(loaded.config.resume.from_), line.overrides)
+        resumed = loaded.config.resume.from_
+        if resumed and keeps(directory := _home_expanded(resumed, "resume.from"), loaded.path):
+            loaded = stored(directory, line.overrides)
         result = execute(loaded, plain="--plain" in line.switches, stop=stop)
     left = sum(count for state, count in result.counts.items() if state != "done")
     if left:
