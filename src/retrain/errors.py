@@ -97,7 +97,12 @@ class EngineError(RunError):
 
 
 class OutOfMemory(RunError):
-    """Memory ran out in sampling or learning, and nothing was changed by it: the same with less may be tried."""
+    """Memory ran out in sampling or learning, and nothing was changed by it: the same with less may be tried.
+
+    ``drawn``: tasks that had been drawn for the step whose sampling it ended, 0 where nobody said so.
+    """
+
+    drawn = 0
 
 
 class LearnerError(RunError):

@@ -357,9 +357,9 @@ class Sampled:
     """What sampling one step took, for whoever chooses the next step's size.
 
     ``batch_size`` tasks at once with ``group_size`` rollouts each; ``tokens`` sampled in ``seconds``; ``rows`` are (prompt
-    tokens, sampled tokens) per rollout. ``skipped``: nothing of the step could be trained on. ``put_back`` tasks were
-    drawn and go to the next step because memory ran out. ``queue`` is what the engine's ``queue`` returned, empty
-    without one.
+    tokens, sampled tokens) per rollout. ``skipped``: nothing of the step could be trained on, or memory ran out in it.
+    ``put_back`` tasks were drawn and go to the next step because memory ran out. ``queue`` is what the engine's ``queue``
+    returned, empty without one.
     """
 
     batch_size: int

@@ -15,7 +15,7 @@ import transformers.utils.logging
 
 from retrain.bench import curve
 from retrain.bench.step import Settings
-from retrain.bench.sweep import Sweep, recommended, sweep
+from retrain.bench.sweep import Sweep, _points, recommended, sweep
 from retrain.cli.main import main
 from retrain.config.load import load
 from retrain.config.templates import path_of
@@ -109,6 +109,12 @@ def test_where_noise_hides_the_peak_the_fastest_is_named() -> None:
     assert "not told from noise" in curve.report(record)
 
 
+def test_a_peak_that_is_not_told_from_noise_is_shown_with_its_interval() -> None:
+    record = made(1e-4)
+    record["fit"]["p_star"] = {"value": None, "low": 0.0, "high": 1.69}
+    assert "peak       not told from noise; the 95 % interval is 0 to 2 rollouts at once" in curve.report(record)
+
+
 def test_without_a_fit_the_fastest_is_named_with_no_less_than_what_was_measured() -> None:
     points = [{"batch_size": s, "tokens_per_second": r} for s, r in ((4, 3.0), (8, 5.0), (9, 4.0))]
     assert recommended(points, None, 8, 0.85) == {"batch_size": 8, "low": 4, "high": 9, "because": "fastest"}
@@ -159,22 +165,45 @@ def test_memory_that_runs_out_ends_the_sweep_below(at_round: int) -> None:
     assert Sweep([4, 8], 3, stop).out_of_memory(4) == 0
 
 
-def test_a_real_sweep_ends_where_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at_round", [0, 1, 2])
+def test_a_size_at_which_a_later_update_runs_out_is_never_recommended(at_round: int) -> None:
+    stop = threading.Event()
+    sizer = Sweep([1, 2, 4, 8], 3, stop)
+    while not stop.is_set():
+        size = sizer.next()
+        # The loop lets the step stand: nothing was put back.
+        if size == 8 and len(sizer.clean) >= 4 * at_round:
+            assert sizer.out_of_memory(size) == 4
+        sizer.observe(Sampled(size, 8, size * 100, 1 + size / 50))
+    assert sizer.ran_out_at == 8
+    assert {m.size for m in sizer.measured} == {1, 2, 4}
+    assert sizer.clean.count(False) == 1
+    fitted = usl.fit([(m.size * 8, m.rate) for m in sizer.measured])
+    chosen = recommended(_points(sizer.measured, [], 8), fitted, 8, 0.85)
+    assert chosen["batch_size"] == chosen["high"] == 4
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_real_sweep_ends_where_memory_does(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
     from retrain.backends.local import LocalBackend
 
-    whole = LocalBackend.gradient
+    whole, calls = LocalBackend.gradient, []
 
     def gradient(self: Any, batch: Any) -> Any:
         if batch.num_rollouts > 2 * 4:
+            calls.append(batch)
+        if len(calls) == updates and batch.num_rollouts > 2 * 4:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")
         return whole(self, batch)
 
     monkeypatch.setattr(LocalBackend, "gradient", gradient)
-    changed = {"backpressure": {"max_batch_size": 8}, "training": {"group_size": 2}, "backend": {"devices": "cpu"}}
+    changed = {"backpressure": {"max_batch_size": 8}, "backend": {"devices": "cpu"}}
+    changed["training"] = {"group_size": 2, "updates_per_batch": updates}
     loaded = load({**_tiny(), **changed})
     record = sweep(loaded, Settings(steps=1, trace="flat:4", prompt_tokens=10), progress=lambda done, total: None)
     assert record["ran_out_at"] == 8
     assert [p["batch_size"] for p in record["points"]] == [1, 2, 4]
+    assert record["recommended"]["batch_size"] <= record["recommended"]["high"] <= 4
     assert "ran out at batch_size = 8" in curve.report(record)
 
 

@@ -201,6 +201,14 @@ def test_flash_attention_on_the_cpu_is_refused() -> None:
             'algorithm.advantage_mode does nothing with algorithm.algorithm_mode = "mine.x"',
         ),
         ({"training": {"warmup_steps": 500}}, "the learning rate reaches lr in the last step or never."),
+        (
+            {"backpressure": {"enabled": True, "min_batch_size": 5, "max_batch_size": 6}},
+            "leave fewer than the three sizes that a fit takes: the batch size follows no measurement.",
+        ),
+        (
+            {"backpressure": {"enabled": True, "min_batch_size": 2, "max_batch_size": 2}},
+            "the batch size is always 2.",
+        ),
         ({"eval": {"source": "arithmetic", "split": "train"}}, "the evaluation uses the training tasks"),
     ],
 )

@@ -24,18 +24,19 @@ GROUP = 8
 
 
 class SmallEngine(FakeEngine):
-    """Has room for so many requests at once."""
+    """Has room for so many requests at once, and for ``step_room`` until it is told to release what it holds."""
 
-    def __init__(self, room=10**9):
+    def __init__(self, room=10**9, step_room=10**9):
         super().__init__()
-        self.room = room
-        self.live = self.ran_out = self.released = 0
+        self.room, self.step_room = room, step_room
+        self.live = self.held = self.ran_out = self.released = 0
 
     async def generate(self, prompt_ids, n, sampling):
         self.live += 1
+        self.held += 1
         try:
             await asyncio.sleep(0.005)
-            if self.live > self.room:
+            if self.live > self.room or self.held > self.step_room:
                 raise OutOfMemory("memory ran out in sampling (fake).")
             return await super().generate(prompt_ids, n, sampling)
         except OutOfMemory:
@@ -46,6 +47,7 @@ class SmallEngine(FakeEngine):
 
     def release(self):
         self.released += 1
+        self.held = 0
 
 
 class SmallBackend(FakeBackend):
@@ -120,6 +122,31 @@ def test_memory_that_runs_out_in_sampling_halves_the_step_once_and_for_all(run_i
     assert len(parts.sizer.state_dict()["points"]) == len(rows) - 2
 
 
+class SlowEngine(FakeEngine):
+    """The first to ask beyond its room fails at once, while the others' requests would go on for long."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = 0
+
+    async def generate(self, prompt_ids, n, sampling):
+        self.live += 1
+        try:
+            if self.live > 5:
+                raise OutOfMemory("memory ran out in sampling (fake).")
+            await asyncio.sleep(0.2)
+            return await super().generate(prompt_ids, n, sampling)
+        finally:
+            self.live -= 1
+
+
+def test_a_step_that_is_begun_again_shares_the_engine_with_nothing_of_the_first_attempt(run_it):
+    rows, draws, _ = run_it(SlowEngine(), steps=2, batch_size=8, settings={"warmup_steps": 0})
+    assert [r["batch_size"] for r in rows] == [4, 4]
+    assert [r["bp_out_of_memory"] for r in rows] == [1, 0]
+    assert [d for step in draws for d in step] == list(range(8))
+
+
 def test_memory_that_runs_out_in_learning_trains_the_first_half_of_what_was_sampled(run_it):
     engine, backend = SmallEngine(), SmallBackend(room=5 * GROUP)
     rows, draws, _ = run_it(engine, backend, steps=20)
@@ -149,6 +176,37 @@ def test_updates_before_memory_ran_out_stand(run_it):
     assert [r["num_updates"] for r in rows[1:]] == [4, 4, 4]
     assert [r["batch_size"] for r in rows] == [8, 4, 4, 4]
     assert [d for step in draws for d in step] == list(range(20))
+
+
+def test_a_step_in_which_a_later_update_ran_out_is_no_measurement(run_it):
+    # Steps of four updates: the seventh is the second step's third.
+    backend = SmallBackend(at=7)
+    rows, _, parts = run_it(backend=backend, steps=4, batch_size=8, updates_per_batch=4, settings={"warmup_steps": 0})
+    assert [r["batch_size"] for r in rows] == [8, 8, 4, 4]
+    assert [r["bp_out_of_memory"] for r in rows] == [0, 1, 0, 0]
+    assert [r["bp_put_back"] for r in rows] == [0, 0, 0, 0]
+    assert [p for p, _ in parts.sizer.state_dict()["points"]] == [4 * GROUP] * 2
+    assert rows[1]["bp_throughput"] is None
+    assert rows[2]["bp_throughput"] is not None
+
+
+def test_a_sizer_is_told_to_skip_a_step_in_which_memory_ran_out(run_it, monkeypatch):
+    told, observe = [], BackPressure.observe
+    monkeypatch.setattr(BackPressure, "observe", lambda self, seen: told.append(seen.skipped) or observe(self, seen))
+    run_it(
+        backend=SmallBackend(at=7), steps=4, batch_size=8, updates_per_batch=4, settings={"warmup_steps": 0}
+    )
+    assert told == [False, True, False, False]
+
+
+def test_tasks_of_every_round_of_a_step_count_as_put_back(run_it):
+    # Rounds of 8 tasks: the second is the one that runs out. With 4 a third is, with 2 all three fit.
+    engine, still = SmallEngine(step_room=10), {"warmup_steps": 0}
+    rows, draws, parts = run_it(engine, steps=2, batch_size=8, min_signal=1.0, max_oversample=3.0, settings=still)
+    assert [d for step in draws for d in step] == list(range(sum(len(step) for step in draws)))
+    assert rows[0]["bp_out_of_memory"] == 2
+    assert rows[0]["bp_put_back"] == 16 - len(draws[0])
+    assert parts.tasks.state_dict() == {"draw": sum(len(step) for step in draws)}
 
 
 @pytest.mark.parametrize("settings", [{"enabled": False}, {"min_batch_size": 4}])

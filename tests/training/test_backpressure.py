@@ -150,6 +150,28 @@ def test_the_first_step_of_a_process_and_steps_without_signal_stay_out_of_the_fi
     assert np.array(made.state_dict()["points"]) == pytest.approx(np.array([[GROUP, 60.0]]))
 
 
+def test_a_step_in_which_memory_ran_out_enters_neither_fit_nor_average() -> None:
+    made = controller(8)
+    made.observe(seen(1, 3.0))
+    made.out_of_memory(8)
+    found = made.observe(seen(8, 400.0))
+    assert (found["bp_out_of_memory"], found["bp_throughput"]) == (1, None)
+    assert made.observe(seen(4, 300.0, put_back=4))["bp_throughput"] is None
+    assert made.state_dict()["points"] == []
+    assert made.observe(seen(4, 200.0))["bp_throughput"] == pytest.approx(200.0)
+    assert len(made.state_dict()["points"]) == 1
+
+
+@pytest.mark.parametrize("warmup", [1, 2, 3])
+def test_fewer_than_four_steps_of_warm_up_act_as_four(warmup: int) -> None:
+    short, four = controller(warmup_steps=warmup), controller(warmup_steps=4)
+    for _ in range(8):
+        assert short.observe(seen(short.next(), 50.0)) == four.observe(seen(four.next(), 50.0))
+    description = Backpressure.model_fields["warmup_steps"].description
+    assert description is not None
+    assert "1 to 3 act as 4" in description
+
+
 def test_the_moving_average_smooths_what_is_shown_and_nothing_else() -> None:
     made = controller(ema_decay=0.5)
     made.observe(seen(1, 3.0))

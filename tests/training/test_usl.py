@@ -94,6 +94,14 @@ def test_three_points_have_no_noise_and_intervals_without_end() -> None:
     assert not found.peaked
 
 
+def test_a_peak_that_is_not_surely_there_keeps_its_interval() -> None:
+    found = fit([(1, 5.0), (2, 4.0), (4, 2.0), (8, 1.0)])
+    assert found is not None
+    assert not found.peaked
+    assert found.p_star.value == math.inf
+    assert found.p_star.high < 2
+
+
 def test_without_kappa_the_peak_is_infinitely_far() -> None:
     found = fit(law(0.05, 0.0))
     assert found is not None

@@ -83,6 +83,8 @@ def _range(found: Mapping[str, float | None]) -> str:
 
 def _peak(star: Mapping[str, float | None]) -> str:
     low = format(star["low"] or 0.0, ",.0f")
+    if star["value"] is None and star["high"] is not None:
+        return f"not told from noise; the 95 % interval is {low} to {star['high']:,.0f} rollouts at once"
     if star["value"] is None:
         return f"none is told from noise; above {low} rollouts at once"
     high = "infinity" if star["high"] is None else format(star["high"], ",.0f")

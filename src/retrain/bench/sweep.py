@@ -39,7 +39,11 @@ class Sweep:
         self._rounds = rounds
         self._stop = stop
         self._round = self._at = 0
+        self._clean = True
+        """Has memory sufficed in the step so far?"""
         self.measured: list[_Measured] = []
+        self.clean: list[bool] = []
+        """Per completed step: did memory suffice all the way?"""
         self.ran_out_at = 0
         """Smallest size that did not fit, 0 where all did."""
 
@@ -49,8 +53,10 @@ class Sweep:
 
     def observe(self, seen: Sampled) -> Mapping[str, Any]:
         """Keep a step of a round that counts, and go on to the next size."""
-        if self._round and not seen.put_back and seen.seconds > 0:
+        if self._round and self._clean and seen.seconds > 0:
             self.measured.append(_Measured(seen.batch_size, seen.tokens / seen.seconds))
+        self.clean.append(self._clean)
+        self._clean = True
         # A step that had to be halved was one of the next smaller size.
         self._at += 1
         if self._at >= len(self._sizes):
@@ -60,8 +66,10 @@ class Sweep:
         return {}
 
     def out_of_memory(self, batch_size: int) -> int:
-        """The largest size below it; all others are left out from now on."""
+        """The largest size below it; all others are left out from now on, and what was measured of them is dropped."""
         self.ran_out_at = min(batch_size, self.ran_out_at or batch_size)
+        self._clean = False
+        self.measured = [m for m in self.measured if m.size < batch_size]
         fits = [size for size in self._sizes if size < batch_size]
         if fits:
             self._sizes = fits
@@ -94,7 +102,7 @@ def sweep(loaded: LoadedConfig, settings: Settings, *, progress: Progress) -> di
         bench.run(stop)
         memory = bench.watch.record() if bench.watch is not None else None
         told = bench.facts()
-        steps = bench.log.steps
+        steps = [s for s, clean in zip(bench.log.steps, sizer.clean, strict=True) if clean]
     group = config.training.group_size
     points = _points(sizer.measured, [(s.metrics["batch_size"], s.wall, s.metrics["tokens_sampled"]) for s in steps], group)
     fitted = usl.fit([(m.size * group, m.rate) for m in sizer.measured])

@@ -172,6 +172,13 @@ def _combinations(config: Config) -> Iterator[Problem]:
             f"backpressure.min_batch_size = {low} is above max_batch_size = {high}.",
             "set it to at most that.",
         )
+    elif config.backpressure.enabled and config.backpressure.controller == "usl" and high - low < 2:
+        yield Problem(
+            ("backpressure", "max_batch_size"),
+            f"backpressure.min_batch_size = {low} and max_batch_size = {high} leave fewer than the three sizes that a fit "
+            f"takes: the batch size {f'is always {low}' if low == high else 'follows no measurement'}.",
+            note=True,
+        )
     if config.campaign is not None and config.backpressure.enabled:
         yield Problem(
             ("backpressure", "enabled"),

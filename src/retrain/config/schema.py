@@ -348,7 +348,7 @@ class Backpressure(Section):
 
     enabled: bool = Field(default=False, description="Adapt the batch size to measured throughput.")
     controller: Name = Field(default="usl", description="What chooses the batch size: usl, or one of your own.")
-    warmup_steps: Limit = Field(default=10, description="Steps to measure before the first fit.")
+    warmup_steps: Limit = Field(default=10, description="Steps to measure before the first fit; 1 to 3 act as 4, 0: none.")
     ema_decay: Decay = Field(default=0.9, description="Decay of the logged throughput's moving average.")
     throttle_margin: PositiveShare = Field(default=0.85, description="Share of the best concurrency to use.")
     increase_margin: PositiveShare = Field(default=0.5, description="Share of the target to grow below.")

@@ -127,14 +127,15 @@ class BackPressure:
         return half
 
     def observe(self, seen: Sampled) -> dict[str, Any]:
-        """Take in a completed step, decide the next size, and say why. Steps without signal and the first step of a process,
-        which loads and compiles, do not enter the fit."""
+        """Take in a completed step, decide the next size, and say why. Steps without signal, those in which memory ran out and
+        the first step of a process, which loads and compiles, do not enter the fit; the latter two not the average either."""
         now = seen.batch_size
         p = now * self._group
         rate = seen.tokens / seen.seconds if seen.seconds > 0 and seen.tokens > 0 else 0.0
-        counts = rate > 0 and not seen.skipped and not self._cold
+        clean = rate > 0 and not self._cold and not self._ran_out and not seen.put_back
+        counts = clean and not seen.skipped
         drifted = False
-        if rate > 0 and not self._cold:
+        if clean:
             decay = self._settings.ema_decay
             self._ema = rate if self._ema is None else decay * self._ema + (1 - decay) * rate
         if counts:

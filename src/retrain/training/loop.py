@@ -135,7 +135,7 @@ def _step(config: Config, parts: Parts) -> None:
     fixed = training.batch_size * training.group_size * training.max_tokens
     keep_silent = config.loss.kl != 0 or config.loss.entropy != 0
     optim = optim_at(config, step)
-    first, got, put_back = parts.tasks.state_dict(), None, 0
+    first, got, most, cut = parts.tasks.state_dict(), None, 0, False
     while True:
         try:
             got = got or _collect(config, parts, size)
@@ -144,20 +144,20 @@ def _step(config: Config, parts: Parts) -> None:
             stats = step_stats(groups_P, parts.algorithm)
             batch = pack(groups_P, temperature=training.temperature, fixed_tokens=fixed, keep_silent=keep_silent)
             trained = time.perf_counter()
-            reports = _learn(config, parts, batch, optim, size)
+            reports, cut = _learn(config, parts, batch, optim, size)
             break
         except OutOfMemory as error:
             if not parts.sizer or not (smaller := parts.sizer.out_of_memory(size)):
                 raise
             # What was sampled is kept; the tasks left over are the next step's first.
-            drawn = len(got.groups_P) if got else size
-            kept = max(1, drawn * smaller // size)
+            drawn = len(got.groups_P) if got else error.drawn or size
+            kept = max(1, drawn * smaller // size) if got else smaller
             parts.tasks.load_state_dict(first)
             if got:
                 parts.tasks.take(kept)
                 got = replace(got, groups_P=got.groups_P[:kept])
             log.warning("Step %d: %s It goes on with %d of %d tasks.", step, error.message, kept, drawn)
-            size, put_back = smaller, put_back + drawn - kept
+            size, most = smaller, max(most, drawn)
     parts.schedule.observe(stats.observed)
     counters.add(got.reward_errors, batch.num_tokens, groups_P, stats.observed.correct_rate)
     metrics = {
@@ -174,7 +174,7 @@ def _step(config: Config, parts: Parts) -> None:
         **time_metrics(got, batch, started=started, synced=synced, trained=trained, finished=time.perf_counter()),
     }
     if parts.sizer:
-        metrics |= parts.sizer.observe(sampled(got, batch, size, training.group_size, parts.engine, put_back))
+        metrics |= parts.sizer.observe(sampled(got, batch, size, training.group_size, parts.engine, most, cut=cut))
     announce_groups(groups_P, config.reward.correct_at)
     parts.log.step(step, metrics, groups_P)
     counters.check_updates(reports)
@@ -191,7 +191,9 @@ def _collect(config: Config, parts: Parts, size: int) -> Collected:
     )  # fmt: skip
 
 
-def _learn(config: Config, parts: Parts, batch: TrainBatch, optim: OptimStep, size: int) -> list[StepReport]:
+def _learn(
+    config: Config, parts: Parts, batch: TrainBatch, optim: OptimStep, size: int
+) -> tuple[list[StepReport], bool]:
     reports: list[StepReport] = []
     while not batch.is_empty and len(reports) < config.training.updates_per_batch:
         try:
@@ -200,10 +202,10 @@ def _learn(config: Config, parts: Parts, batch: TrainBatch, optim: OptimStep, si
             if not reports or not parts.sizer or not parts.sizer.out_of_memory(size):
                 raise
             log.warning("%s The batch's %d updates before that stand.", error.message, len(reports))
-            break
+            return reports, True
         if reports[-1].update_skipped:
             break  # the next one would compute the same
-    return reports
+    return reports, False
 
 
 def _evaluation_due(config: Config, parts: Parts) -> bool:

@@ -32,9 +32,10 @@ def condition_metrics(config: Config) -> dict[str, Any]:
 
 
 def sampled(
-    got: Collected, batch: TrainBatch, batch_size: int, group_size: int, engine: Engine, put_back: int
+    got: Collected, batch: TrainBatch, batch_size: int, group_size: int, engine: Engine, drawn: int, *, cut: bool
 ) -> Sampled:
-    """A step as whoever chooses the next one's size sees it; rollouts that failed have no lengths and are left out."""
+    """A step as whoever chooses the next one's size sees it; rollouts that failed have no lengths and are left out.
+    ``drawn``: tasks when memory ran out, before any went back; 0 where it sufficed. ``cut``: updates were left out for it."""
     rollouts = [r for g in got.groups_P for r in g.rollouts_G if r.num_sampled]
     queue = getattr(engine, "queue", None)
     return Sampled(
@@ -42,10 +43,10 @@ def sampled(
         group_size=group_size,
         tokens=batch.num_tokens,
         seconds=got.sample_time_s,
-        # Where memory ran out, the time is not that of what was sampled in the end.
-        skipped=batch.is_empty or put_back > 0,
+        # Where memory ran out, the time is not that of what was sampled in the end, or the size not one that fits.
+        skipped=batch.is_empty or drawn > 0 or cut,
         rows=[(len(r.token_ids_T) - r.num_sampled, r.num_sampled) for r in rollouts],
-        put_back=put_back,
+        put_back=max(0, drawn - len(got.groups_P)),
         queue={} if queue is None else dict(queue()),
     )
 

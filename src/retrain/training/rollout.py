@@ -101,7 +101,7 @@ async def sample(
     done: Callable[[int, list[Rollout]], None],
 ) -> list[list[Rollout]]:
     """``n`` attempts at every task; the noise of task p is keyed by its draw number. ``done(p, rollouts)`` is called
-    as soon as those of task p are there."""
+    as soon as those of task p are there. Where one attempt breaks, the others are ended before its error is raised."""
 
     async def attempt(p: int, task: Task) -> list[Rollout]:
         noise = replace(sampling.noise, task=task.draw)
@@ -113,7 +113,15 @@ async def sample(
         done(p, rollouts)
         return rollouts
 
-    return list(await asyncio.gather(*(attempt(p, t) for p, t in enumerate(tasks_P))))
+    running = [asyncio.create_task(attempt(p, t)) for p, t in enumerate(tasks_P)]
+    try:
+        return list(await asyncio.gather(*running))
+    except Exception:
+        # gather leaves the others running: a step that is begun again would share the engine with them.
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        raise
 
 
 class RewardErrors:
@@ -272,7 +280,8 @@ def collect_signal(
                 loop, tasks.take(more), n, environment, reward, engine, sampling,
                 seed=seed, step=step, deadline_s=deadline_s, errors=errors,
             )  # fmt: skip
-        except OutOfMemory:
+        except OutOfMemory as error:
+            error.drawn = len(got.groups_P) + more
             _release(engine)
             raise
         got = Collected(

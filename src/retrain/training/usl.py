@@ -33,10 +33,11 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A fitted law. ``sigma`` in [0, 1], ``kappa`` >= 0, ``p_star`` > 0 and infinite where there is no telling (kappa might be
-    0; its interval is kept), ``rate`` = X(1) in the unit of the throughputs; ``noise`` is the relative standard deviation of
-    one measurement, ``points`` how many there were. ``peaked``: kappa is surely above 0, and ``floor`` is what p* is surely above
-    (``SURE``, where the intervals are at the level that was asked for)."""
+    """A fitted law. ``sigma`` in [0, 1], ``kappa`` >= 0, ``p_star`` > 0 and infinite where there is no telling: kappa might be
+    0 at ``SURE``, or throughput falls from the first size on and A is not above 0. Its interval, at the level that was asked
+    for, is kept, and may then end below the value. ``rate`` = X(1) in the unit of the throughputs; ``noise`` is the relative
+    standard deviation of one measurement, ``points`` how many there were. ``peaked``: kappa is surely above 0, and ``floor`` is
+    what p* is surely above (``SURE``, where the intervals are at the level that was asked for)."""
 
     sigma: Range
     kappa: Range
