@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
+import errno
 import json
+import os
 import runpy
 import threading
 import tomllib
@@ -11,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from retrain import cards
 from retrain.campaign import forecast, manifest, plan, tune
 from retrain.campaign.manifest import Manifest, settings_digest
 from retrain.campaign.run import execute, stored
+from retrain.cli import run as cli
 from retrain.config.load import Override, dump_toml, load
 from retrain.errors import ConfigError, ResumeError
 
@@ -237,3 +242,105 @@ def test_added_seeds_stay_unless_the_command_line_names_others(stopped, tmp_path
         go_on(stopped, Override.of("campaign.seeds", (11, 12), "--seeds"))
     assert resumed_with(tmp_path / "c.toml", stopped).counts == {"waiting": 6}
     assert "The added seeds 13 stay." in (stopped / "events.log").read_text()
+
+
+def test_other_held_out_tasks_are_noticed_before_any_run(tmp_path):
+    tasks = tmp_path / "tasks.jsonl"
+
+    def write(first):
+        rows = [{"question": f"{first + i} + 1 ?", "answer": str(first + i + 1)} for i in range(24)]
+        tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    tuned = "tune = { lr = [1e-3, 1e-2], seeds = [1], max_steps = 1 }"
+    source = f'[eval]\nsource = "jsonl"\npath = "{tasks}"\n'
+    text = TINY.format(more=tuned).replace('[eval]\nsource = "arithmetic"\n', source)
+    (tmp_path / "c.toml").write_text(text.removesuffix('[[campaign.conditions]]\ntransform_mode = "none"\n'))
+    stop = threading.Event()
+    stop.set()
+    write(0)
+    loaded = load(tmp_path / "c.toml", [Override.of("logging.log_dir", str(tmp_path / "logs"))])
+    directory = execute(loaded, plain=True, stop=stop).directory
+    write(50)
+    with pytest.raises(ResumeError, match=r"the 8 held-out tasks \(source 'jsonl'\) are not those"):
+        go_on(directory)
+    # The first eight are what is evaluated on, the next what trials choose on; one edit of those reaches the trials alone.
+    write(0)
+    assert go_on(directory).counts == {"waiting": 2}
+    known = manifest.read(directory)
+    told = known.declared.tune["evaluation"]
+    with pytest.raises(ResumeError, match="the 8 tasks that trials choose on"):
+        plan.check_tasks(told, {**told, "digest": "another"}, "tasks that trials choose on")
+
+
+def test_more_runs_at_once_than_fit_are_refused_when_a_campaign_goes_on(stopped, monkeypatch):
+    monkeypatch.setattr(cards, "_host_bytes", lambda: 2**30)
+    monkeypatch.setattr(cards, "_swap_bytes", lambda: 0)
+    many = [Override.of("campaign.launcher", "processes", "--launcher"), Override.of("campaign.max_workers", 4, "--max-workers")]
+    seeds = Override.of("campaign.seeds", (11, 12, *range(20, 40)), "--seeds")
+    with pytest.raises(ConfigError, match=r"--max-workers: \d+ runs at once do not fit"):
+        go_on(stopped, many[0], replace(many[1], value=40), seeds)
+    assert go_on(stopped, *many[:1], replace(many[1], value=1)).counts == {"waiting": 4}
+
+
+def test_campaigns_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    path = tmp_path / "c.toml"
+    path.write_text(TINY.format(more="") + "lr = 1e-3\n")
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 2, 3, 4, 5, tzinfo=tz)
+
+    monkeypatch.setattr("retrain.campaign.run.datetime.datetime", Clock)
+    begun = []
+    check = forecast.refuse_unfit
+
+    def another_begins_meanwhile(design, told):
+        check(design, told)
+        if not begun:
+            begun.append(None)
+            begun[0] = begin()
+
+    def begin():
+        stop = threading.Event()
+        stop.set()
+        return execute(
+            load(path, [Override.of("logging.log_dir", str(tmp_path / "logs"))]), plain=True, stop=stop
+        ).directory
+
+    monkeypatch.setattr(forecast, "refuse_unfit", another_begins_meanwhile)
+    second = begin()
+    assert [begun[0].name, second.name] == ["campaign_20260102T030405Z", "campaign_20260102T030405Z-2"]
+    assert [manifest.read(each).declared.name for each in (begun[0], second)] == [begun[0].name, second.name]
+
+
+def test_a_folder_that_cannot_be_locked_says_why(stopped, monkeypatch):
+    lock = stopped / ".lock"
+
+    def held(number):
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("retrain.campaign.run.fcntl.flock", flock)
+
+    held(errno.ENOLCK)
+    with pytest.raises(ConfigError, match=r"its file system gives no file locks: No locks available"):
+        go_on(stopped)
+    held(errno.EWOULDBLOCK)
+    with pytest.raises(ConfigError, match="another process is running the campaign"):
+        go_on(stopped)
+    lock.unlink()
+    lock.mkdir()  # as little to be opened for writing as in a folder that may only be read
+    with pytest.raises(ConfigError, match=r"cannot be written: Is a directory"):
+        go_on(stopped)
+
+
+def test_the_command_line_takes_the_file_beside_resume(stopped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "c.toml"
+    path.write_text(path.read_text().replace("[data]", "[training]\nlr = 0.5\n[data]"))
+    with pytest.raises(ResumeError, match=r"training.lr was 4e-05 and is 0.5;"):
+        cli.run(["c.toml", "--resume", str(stopped), "--plain"])
+    # The campaign's own file, by whatever path: then flags may not change the design.
+    with pytest.raises(ResumeError, match="--lr: a campaign that goes on keeps its design"):
+        cli.run(["--resume", str(stopped.relative_to(tmp_path)), "--lr", "0.5"])
