@@ -68,13 +68,17 @@ def execute(
     debug: bool = False,
     plain: bool = False,
     stop: threading.Event | None = None,
+    for_campaign: bool = False,
 ) -> RunResult:
-    """Run one training run to its end; ``stop`` ends it cleanly after the present step."""
+    """Run one training run to its end; ``stop`` ends it cleanly after the present step. ``for_campaign``: its campaign starts
+    it; without that a run of a campaign is left alone."""
     config = loaded.config
     if is_squeeze(config):
         raise UsageError("this configuration is a squeeze, and no training run.", fix="retrain squeeze CONFIG.")
     stop = stop or threading.Event()
     place = preflight.choose_directory(config, overwrite=overwrite, fork=fork)
+    if place.how != "new" and not for_campaign:
+        _refuse_part_of_campaign(place.directory)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_trace(place.directory))
         preflight.check_writable(place.directory, "logging.log_dir")
@@ -94,6 +98,17 @@ def execute(
             log.info(line)
         config = _with(config, "logging", log_dir=str(place.directory))
         return _run(config, place, origins=origins_of(loaded), plain=plain, stop=stop, begun=begun)
+
+
+def _refuse_part_of_campaign(directory: Path) -> None:
+    """By itself a run would go on with other threads than its campaign's others and outside its account of costs, and could
+    take steps that were not declared."""
+    campaign = layout.campaign_of(directory)
+    if campaign is not None:
+        raise ConfigError(
+            f"{directory} is a run of the campaign {campaign}, which goes on with it as with its others.",
+            fix=f"retrain --resume {campaign}. To go on with this run alone, copy its folder to another place and resume that.",
+        )
 
 
 def origins_of(loaded: LoadedConfig) -> dict[str, str]:

@@ -68,7 +68,7 @@ def run(config: Path, directory: Path, stop: threading.Event) -> int:
     how = begin(directory)
     overrides = [Override.of("resume.from", str(directory))] if how == "resume" else []
     # --resume reads what the run recorded; the file of the campaign says the same.
-    result = execute(load(config, overrides), overwrite=how == "overwrite", plain=True, stop=stop)
+    result = execute(load(config, overrides), overwrite=how == "overwrite", plain=True, stop=stop, for_campaign=True)
     return {"done": 0, "failed": 1, "interrupted": 130}[result.status]
 
 

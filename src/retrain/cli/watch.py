@@ -26,7 +26,8 @@ Usage: retrain status [PATH ...] [--watch] [--interval S] [--json]
 
 How runs are doing. PATH is a run directory, a campaign or a folder of runs; without one: logs. A single run directory
 shows more: what it does now, every core metric with its healthy range, alarms, evaluations, checkpoints. A single
-campaign shows how far it is, its runs by seed and condition, those that go on, and those that stopped with the reason.
+campaign shows how far it is, its runs by seed and condition, those that go on, and those that stopped with the reason; in a
+folder of runs it is one line.
 
   --watch          refresh until Ctrl-C
   --interval S     seconds between two refreshes (default 2)
@@ -173,8 +174,12 @@ def _shown(paths: Sequence[str]) -> str:
     campaign = _campaign(paths)
     if campaign is not None:
         return campaign_text(campaign)
-    runs = [summarize(run) for run in _runs(paths)]
-    return table_text(runs) if runs else _nothing(paths)
+    from retrain.cli.watch_campaigns import apart, line
+
+    runs, campaigns = apart([Path(path) for path in paths or [_DEFAULT]], _runs(paths))
+    parts = [table_text([summarize(run) for run in runs])] if runs else []
+    parts += ["\n".join(map(line, campaigns))] if campaigns else []
+    return "\n\n".join(parts) or _nothing(paths)
 
 
 def _nothing(paths: Sequence[str]) -> str:

@@ -68,6 +68,15 @@ def holds_campaign(directory: Path) -> bool:
     return not holds_run(directory) and bool(_present(directory, (CAMPAIGN,)))
 
 
+def campaign_of(run: Path) -> Path | None:
+    """The directory of the campaign that the run directory belongs to; None for a run by itself."""
+    place = run.absolute().parent
+    if place.name not in (CAMPAIGN_RUNS, CAMPAIGN_TRIALS) or not holds_campaign(place.parent):
+        return None
+    # As it was named, where that says enough.
+    return run.parent.parent if len(run.parts) > 2 else place.parent
+
+
 def would_be_replaced(directory: Path) -> list[str]:
     """Names in the directory that a run would write over."""
     return _present(directory, (CONFIG, ADAPTER, ROLLOUTS, Path(STEPS).parent.name))

@@ -120,6 +120,10 @@ def _whole(value: object) -> int | None:
 def _todo(run: RunRecord, state: State) -> str:
     """What a reader can do about a run that does not go on by itself."""
     again = _again(run) if state in ("dead", "interrupted", "failed") else ""
+    campaign = layout.campaign_of(run.path) if state in ("dead", "interrupted", "failed") else None
+    if campaign is not None:
+        why = f"{run.path / 'events.log'} says why; " if state == "failed" else ""
+        return f"{why}it is part of a campaign, and retrain --resume {campaign} goes on with all of it"
     if state == "dead" and again:
         return f"its process is gone, and no checkpoint is there; {again}"
     if state == "interrupted" and again:
