@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import runpy
 import statistics
 import subprocess
@@ -61,6 +62,7 @@ def here(monkeypatch):
         monkeypatch.setattr(cards, "_host_bytes", lambda: gib * GIB)
         monkeypatch.setattr(cards, "_swap_bytes", lambda: 0)
         monkeypatch.setattr(cards, "_cpu_flops", lambda: 100e9)
+        monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
         monkeypatch.setattr(cards, "visible", lambda: [str(i) for i in range(len(gpus))])
         monkeypatch.setattr(cards, "_cuda", lambda index: gpus[index] if index < len(gpus) else None)
         monkeypatch.setenv("OMP_NUM_THREADS", "4")
@@ -89,7 +91,8 @@ def test_runs_steps_and_time_add_up(here):
     one_by_one, at_once = told(TINY), told(TINY, parallel=True, max_workers=2, threads=1)
     assert (one_by_one.runs, one_by_one.steps, one_by_one.workers, one_by_one.threads) == (40, 10, 1, 4)
     assert (at_once.runs, at_once.workers, at_once.threads, at_once.devices) == (40, 2, 1, 0)
-    assert one_by_one.wall == one_by_one.spent
+    assert one_by_one.wall.low == pytest.approx(one_by_one.spent.low)
+    assert one_by_one.wall.high == pytest.approx(one_by_one.spent.high)
     # Equal runs, an even number of them: two at once take half, and a run of one thread at least as long as one of four.
     assert at_once.wall.low == pytest.approx(at_once.spent.low / 2, rel=1e-6)
     assert at_once.spent.low >= one_by_one.spent.low
@@ -97,6 +100,36 @@ def test_runs_steps_and_time_add_up(here):
     assert at_once.tokens.high == rollouts * 16
     late = told(TINY, parallel=True, max_workers=2, threads=1, stagger_seconds=100.0)
     assert late.wall.low >= 39 * 100
+
+
+def test_every_process_has_to_start_and_those_that_start_together_wait_for_each_other(here):
+    alone = told(TINY)
+    assert alone.start.low >= forecast._START.low
+    assert alone.wall.low >= 40 * alone.start.low
+    assert alone.wall.high >= 40 * alone.start.high
+    # Twelve at once on four processors: each import takes three times as long, at the least and at the most.
+    many = told(TINY, launcher="processes", max_workers=12, threads=1)
+    few = told(TINY, launcher="processes", max_workers=4, threads=1)
+    weights = forecast._starts(many.estimates, 1.0, 1.0)["grpo+none"].low - forecast._START.low
+    assert few.start.low == pytest.approx(alone.start.low)
+    assert many.start.low - weights == pytest.approx(3 * forecast._START.low)
+    assert many.start.high == pytest.approx(few.start.high + 2 * forecast._START.high)
+    # Four rounds of twelve, ten of four.
+    assert many.wall.low >= 4 * many.start.low
+    text = said(TINY, launcher="processes", max_workers=12, threads=1)
+    assert "In it each of 40 processes takes 9 s to 45 s to start with 12 at once (imports, weights)" in text
+    trials = said(TINY, tune={"lr": [1e-4, 1e-3], "seeds": [1], "max_steps": 5})
+    assert "In it each of 50 processes takes 3 s to 15 s to start (imports" in trials
+    assert forecast.record(many)["start"]["high"] == pytest.approx(many.start.high, rel=0.01)
+    assert told(TINY.replace("retrain/tiny", "somebody/else")).start is None
+
+
+def test_a_busy_machine_is_told_with_what_it_makes_of_the_times(here, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (10.0, 0.0, 0.0))
+    busy = "Other programs use the processors now (load 10.0 on 4): the times are those of an idle machine, and about 3.0 times"
+    assert busy in said(TINY, launcher="processes", max_workers=2, threads=1)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.0, 0.0))
+    assert "Other programs" not in said(TINY, launcher="processes", max_workers=2, threads=1)
 
 
 def test_trials_are_counted_with_their_own_steps(here):

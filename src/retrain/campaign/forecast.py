@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -19,8 +19,11 @@ from retrain.config.schema import Campaign, Config
 from retrain.errors import ConfigError, ModelError
 from retrain.estimate import Estimate, Interval
 
-_START = Interval(2.0, 15.0)
-"""Seconds from the start of a run's process to its first step, without its weights."""
+_START = Interval(3.0, 15.0)
+"""Seconds of a processor from the start of a run's process to its first step, without its weights: mostly the import of torch,
+transformers and peft. Measured at 2.5 GHz: 4 until the configuration is checked, 8 with the tiny model built."""
+_BUSY = 1.25
+"""From so many times as long on, it is said that other programs use the processors."""
 _READ = (5e9, 2e8)
 """Bytes a second at which weights come from memory or from a disk."""
 _SHORT = 0.2
@@ -46,6 +49,7 @@ class Forecast:
     """``steps`` of each of ``runs``, and ``trials`` of ``trial_steps`` before them. ``workers`` at once on ``devices`` (the
     number of GPUs; 0: the CPU), ``threads`` each. ``wall`` seconds of all, ``spent`` seconds of all runs one after the other,
     ``tokens`` sampled; None where the device's speed, or the model, is unknown. ``estimates`` by condition.
+    ``start`` seconds that each process takes until its first step, with those that start beside it; they are in the others.
     ``announced`` is worth knowing, ``unknown`` stays open."""
 
     conditions: int
@@ -61,6 +65,7 @@ class Forecast:
     threads: int
     wall: Interval | None
     spent: Interval | None
+    start: Interval | None
     tokens: Interval
     room: Room | None
     sight: Sight
@@ -84,7 +89,9 @@ def forecast(planned: Plan, device: Device | None = None) -> Forecast:
         made, unknown = _estimates(planned, _with_threads(on, threads))
     room = _room(planned, made, count, gpus) if how != "ray" else None
     crowd = _crowd(count, threads, gpus, on)
-    spent, wall = _times(made, trials, planned.runs, count, campaign.stagger_seconds, crowd)
+    waiting = 1.0 if device is not None else max(1.0, count / max(1.0, machine.usable_processors()))
+    starts = _starts(made, waiting, max(waiting, crowd) if on.kind == "cpu" else waiting)
+    spent, wall = _times(made, trials, planned.runs, count, campaign.stagger_seconds, crowd, starts)
     if how == "ray":
         unknown.append("How many runs go at once: the Ray cluster decides by its free devices.")
         if made and not _is_here(campaign):
@@ -103,11 +110,15 @@ def forecast(planned: Plan, device: Device | None = None) -> Forecast:
         threads=threads,
         wall=None if how == "ray" and not campaign.max_workers else wall,
         spent=spent,
+        start=_widest(starts.values()) if spent is not None else None,
         tokens=_tokens([*trials, *planned.runs]),
         room=room,
         sight=sight(planned),
         estimates=made,
-        announced=tuple(_announced(planned, room, count, threads, gpus, on)),
+        announced=(
+            *_announced(planned, room, count, threads, gpus, on),
+            *([] if device is not None or on.kind != "cpu" or how == "ray" else _busy(count * threads)),
+        ),
         unknown=tuple(unknown),
     )
 
@@ -199,6 +210,34 @@ def _crowd(count: int, threads: int, gpus: int, device: Device) -> float:
     return max(1.0, count * threads / max(1.0, machine.usable_processors()))
 
 
+def _starts(made: Mapping[str, Estimate], least: float, most: float) -> dict[str, Interval]:
+    """Seconds until the first step of a process of each condition, where ``least`` to ``most`` threads want each processor."""
+    found: dict[str, Interval] = {}
+    for label, each in made.items():
+        weights = each.memory.kept["weights"]
+        found[label] = Interval(_START.low * least + weights / _READ[0], _START.high * most + weights / _READ[1])
+    return found
+
+
+def _widest(spans: Iterable[Interval]) -> Interval | None:
+    known = list(spans)
+    return Interval(min(s.low for s in known), max(s.high for s in known)) if known else None
+
+
+def _busy(wanted: int) -> list[str]:
+    """What other programs on this machine's processors do to the times of runs with ``wanted`` threads in all."""
+    if not hasattr(os, "getloadavg"):
+        return []
+    load, processors = os.getloadavg()[0], max(1.0, machine.usable_processors())
+    times = (load + wanted) / max(processors, wanted)
+    if times < _BUSY:
+        return []
+    return [
+        f"Other programs use the processors now (load {load:.1f} on {processors:g}): the times are those of an idle machine, and "
+        f"about {times:.1f} times as long while it stays so."
+    ]
+
+
 def _times(
     made: dict[str, Estimate],
     trials: Sequence[PlannedRun],
@@ -206,33 +245,32 @@ def _times(
     count: int,
     stagger: float,
     crowd: float,
+    starts: Mapping[str, Interval],
 ) -> tuple[Interval | None, Interval | None]:
     """Seconds of all runs one after the other, and on the clock with ``count`` at once."""
     both = [*trials, *runs]
     spans = [_span(made[run.condition], run) if run.condition in made else None for run in both]
-    known = [span for span in spans if span is not None]
+    known = [(span, starts[run.condition]) for span, run in zip(spans, both, strict=True) if span is not None]
     if len(known) < len(both):
         return None, None
-    spent = sum(known, Interval(0.0, 0.0))
+    spent = Interval(0.0, 0.0)
+    for span, start in known:
+        spent = spent + span + start
     ends: list[float] = []
     for low in (True, False):
-        times = [span.low if low else span.high * crowd for span in known]
+        times = [span.low + start.low if low else span.high * crowd + start.high for span, start in known]
         first = _makespan(times[: len(trials)], count, stagger)
         ends.append(first + _makespan(times[len(trials) :], count, stagger))
     return spent, Interval(ends[0], ends[1])
 
 
 def _span(made: Estimate, run: PlannedRun) -> Interval | None:
-    """Seconds of one run from its start to its end."""
+    """Seconds of one run from its first step to its end."""
     steps = run.config.training.max_steps
     step = made.step_seconds
     if step is None:
         return None
-    seconds = step.times(steps) + (made.evaluation or Interval(0.0, 0.0)).times(
-        estimate.evaluations_of(run.config)
-    )
-    weights = made.memory.kept["weights"]
-    return seconds + _START + Interval(weights / _READ[0], weights / _READ[1])
+    return step.times(steps) + (made.evaluation or Interval(0.0, 0.0)).times(estimate.evaluations_of(run.config))
 
 
 def _makespan(times: Sequence[float], count: int, stagger: float) -> float:
@@ -336,6 +374,12 @@ def lines(told: Forecast, config: Config) -> list[str]:
             low, middle, high = map(duration, (told.wall.low, told.wall.middle, told.wall.high))
             clock = f"{low} to {high} (middle {middle}), "
         found.append(f"Estimated: {clock}{hours}.")
+    if told.start is not None:
+        processes, beside = told.runs + told.trials, f" with {told.workers} at once" if told.workers > 1 else ""
+        found.append(
+            f"In it each of {processes} processes takes {duration(told.start.low)} to {duration(told.start.high)} to start"
+            f"{beside} (imports, weights), before its first step."
+        )
     if told.room is not None:
         found.append(
             f"Memory: a run needs about {preflight.gib(told.room.peak)} of {preflight.gib(told.room.device)} on "
@@ -371,6 +415,7 @@ def record(told: Forecast) -> dict[str, Any]:
         "conditions": told.conditions, "seeds": told.seeds, "runs": told.runs, "steps": told.steps, "trials": told.trials,
         "trial_steps": told.trial_steps, "launcher": told.launcher, "workers": told.workers, "devices": told.devices,
         "device": told.device.name, "threads": told.threads, "wall": _ends(told.wall), "one_after_the_other": _ends(told.spent),
+        "start": _ends(told.start),
         "tokens": {"low": round(told.tokens.low), "high": round(told.tokens.high)},
         "room": None if told.room is None else asdict(told.room),
         "sees": {
