@@ -70,8 +70,13 @@ def _range(found: usl.Range) -> dict[str, float | None]:
     return {end: value if math.isfinite(value) else None for end, value in ends.items()}
 
 
-def test_a_real_sweep_measures_every_size_and_names_one(capsys: pytest.CaptureFixture[str], place: Path) -> None:
-    assert main([*LINE, "--json", "--out", "curve.svg"]) == 0
+def test_a_real_sweep_measures_every_size_and_names_one(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, place: Path
+) -> None:
+    with caplog.at_level("WARNING"):
+        assert main([*LINE, "--json", "--out", "curve.svg"]) == 0
+    # Lengths are given, so all answers may be cut: no reason to raise an alarm.
+    assert "alarm" not in caplog.text
     (line,) = capsys.readouterr().out.splitlines()
     record = json.loads(line)
     assert [p["batch_size"] for p in record["points"]] == [1, 2, 4, 8]
@@ -98,7 +103,11 @@ def test_the_recommendation_is_the_margin_of_the_peak() -> None:
 def test_without_a_peak_the_largest_size_is_named() -> None:
     record = made(0.0)
     assert record["recommended"] == {"batch_size": 64, "low": 64, "high": 64, "because": "largest"}
-    assert "throughput has no peak below it" in curve.report(record)
+    text = curve.report(record)
+    assert "throughput has no peak below it" in text
+    assert text.endswith("It is the largest size tried: --max-batch-size 256 shows whether throughput still grows.")
+    assert "largest size tried" not in curve.report({**record, "ran_out_at": 128})
+    assert "more often" not in text
 
 
 def test_where_noise_hides_the_peak_the_fastest_is_named() -> None:
@@ -107,6 +116,7 @@ def test_where_noise_hides_the_peak_the_fastest_is_named() -> None:
     assert record["recommended"]["because"] == "fastest"
     assert record["recommended"]["batch_size"] == best
     assert "not told from noise" in curve.report(record)
+    assert "--steps 6 measures each size more often" in curve.report(record)
 
 
 def test_a_peak_that_is_not_told_from_noise_is_shown_with_its_interval() -> None:

@@ -71,8 +71,20 @@ def _told(record: Mapping[str, Any]) -> list[str]:
     return [
         *lines, "",
         f"Put into the TOML ({why}; 95 % interval {chosen['low']} to {chosen['high']}):", "",
-        "[training]", f"batch_size = {chosen['batch_size']}",
+        "[training]", f"batch_size = {chosen['batch_size']}", *_further(record),
     ]  # fmt: skip
+
+
+def _further(record: Mapping[str, Any]) -> list[str]:
+    """What another sweep would tell: beyond the largest size tried, and through the noise."""
+    chosen, last = record["recommended"], record["points"][-1]["batch_size"]
+    lines: list[str] = []
+    if chosen["batch_size"] == last and not record["ran_out_at"]:
+        lines.append(f"It is the largest size tried: --max-batch-size {4 * last} shows whether throughput still grows.")
+    if chosen["because"] == "fastest":
+        steps = record["settings"]["steps"]
+        lines.append(f"It is no more than the fastest here: --steps {max(2 * steps, 5)} measures each size more often.")
+    return ["", *lines] if lines else []
 
 
 def _range(found: Mapping[str, float | None]) -> str:

@@ -208,6 +208,7 @@ def opened(
             [],
             generations=config.logging.generations,
             store=RolloutStore(folder) if config.logging.rollouts else None,
+            alarms=False,
         )
         stack.callback(inner.close)
         log = _Log(

@@ -77,9 +77,11 @@ class RunLog:
         generations: int,
         store: rollouts.RolloutStore | None,
         judge: Callable[[Score], bool | None] | None = None,
+        alarms: bool = True,
     ) -> None:
         """``generations`` rollouts of a step are written as text. ``judge`` says whether a score counts as correct in
-        this run, None where that is unknown; without it, what scores say themselves."""
+        this run, None where that is unknown; without it, what scores say themselves. Without ``alarms`` no metric is
+        watched: what nothing learns from, such as a measurement on invented answers, cannot be healthy or ill."""
         self.directory = directory
         self._renderer = renderer
         self._sinks = list(sinks)
@@ -90,7 +92,7 @@ class RunLog:
         self._files = {name: (directory / name).open("ab") for name in _STREAMS}
         self._facts: dict[str, Any] = {}
         self._pulse = Pulse(directory / layout.HEARTBEAT, memory=self._device_memory)
-        self._watch = Watch()
+        self._watch = Watch() if alarms else Watch(())
         self._alarms = 0
         self._spent_s = 0.0
         self.latest: dict[str, Any] = {}

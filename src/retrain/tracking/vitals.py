@@ -168,8 +168,9 @@ BY_NAME: Mapping[str, Vital] = {vital.name: vital for vital in VITALS}
 
 @dataclass(slots=True)
 class Watch:
-    """Raises alarms over a run's rows, one after the other."""
+    """Raises alarms over a run's rows, one after the other; none about what is not among ``vitals``."""
 
+    vitals: Sequence[Vital] = VITALS
     _seen: dict[str, tuple[list[float], list[Row]]] = field(
         default_factory=dict[str, "tuple[list[float], list[Row]]"]
     )
@@ -190,7 +191,7 @@ class Watch:
         if not evaluated:
             self._fall = self._past.observe(row)
         raised: list[Alarm] = []
-        for vital in VITALS:
+        for vital in self.vitals:
             value = vital.value(row) if vital.of_evaluations is evaluated else None
             if value is None:
                 continue
