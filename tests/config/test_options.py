@@ -109,6 +109,7 @@ def test_config_and_switches() -> None:
         (["--levels", "1"], "--levels is not a flag. Fix: did you mean --data-levels or --eval-levels?"),
         (["--training.lrr=1"], "--training.lrr is not a flag. Fix: did you mean --training.lr?"),
         (["--zzzzzzzz"], "--zzzzzzzz is not a flag. Fix: `retrain man --topic options` lists every flag."),
+        (["--dry-run"], "--dry-run is not a flag. Fix: here it is called retrain explain CONFIG"),
         (["-x"], "-x is not a flag. Fix: "),
         (["--lr"], "--lr needs a value, a number above 0 and at most 1. Fix: --lr VALUE or --lr=VALUE."),
         (["--lr", "--seed", "1"], "--lr needs a value"),

@@ -116,8 +116,9 @@ _ELSEWHERE = {
     "model-name": "--model",
     "model-name-or-path": "--model",
     "config": "CONFIG (the path alone, without a flag)",
+    **dict.fromkeys(("dry-run", "dryrun", "estimate"), "retrain explain CONFIG (retrain doctor CONFIG tries its parts)"),
 }
-"""What other trainers call our settings."""
+"""What other trainers call our settings and commands."""
 
 
 def _unknown(flag: str) -> str:
