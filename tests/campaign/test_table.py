@@ -85,6 +85,31 @@ def test_failures_stay_in_sight_and_what_ends_well_is_counted(tmp_path):
     assert next(line for line in lines if line.startswith(FIVE[0])).split()[-1] == "failed"
 
 
+def test_what_was_asked_to_stop_is_no_failure_and_is_said_once(tmp_path, caplog):
+    states = {(FIVE[0], 707): ("running", 12), (FIVE[1], 707): ("running", 8)}
+    shown = made(tmp_path / "c", states=states)
+    with caplog.at_level("INFO", logger="retrain"):
+        for condition in FIVE[:2]:
+            shown.ended(Ended(job(tmp_path / "c", f"{condition}_s707"), 130, 3.0))
+        shown.close()
+        shown.close()
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", f"Interrupted, and saved: {FIVE[0]}_s707, {FIVE[1]}_s707.")
+    ]
+    lines = shown.lines(79)
+    assert next(line for line in lines if line.startswith(FIVE[0])).split()[-1] == "saved"
+    assert "(saved: stopped, goes on with --resume; % outcome)" in lines
+
+
+def test_signs_in_cells_are_explained_where_there_is_room(tmp_path):
+    states = {(FIVE[0], 707): ("running", 12), (FIVE[2], 707): ("waiting", 0)}
+    legend = re.compile(r"\(>12 running, at that step; [.·] waiting; % outcome\)")
+    assert sum(bool(legend.fullmatch(line)) for line in made(tmp_path / "c", states=states).lines(79)) == 1
+    small = made(tmp_path / "d", states=states, height=9).lines(79)
+    assert not any(map(legend.search, small))
+    assert any("12/40" in line for line in small)
+
+
 @pytest.mark.parametrize("height", [4, 8, 12, 24])
 def test_five_conditions_of_64_seeds_fit_the_terminal(tmp_path, height):
     seeds = tuple(range(64))

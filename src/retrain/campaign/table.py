@@ -30,6 +30,8 @@ _CELL = 7
 """Characters of a run in the grid: ``41.2%``, or the step it is at."""
 _LABEL = 26
 _FAILURES = 3
+_INTERRUPTED = 130
+"""Exit status of a run that saved and left because it was asked to."""
 _FEWEST = 30
 """A narrower terminal is treated as one of this width."""
 
@@ -69,6 +71,7 @@ class Lines:
 
     def __init__(self, total: int, finished: int, *, level: int = logging.INFO) -> None:
         self._total, self._done, self._level = total, finished, level
+        self._stopped: list[str] = []
 
     def begun(self, job: Job) -> None:
         """See ``View``."""
@@ -78,6 +81,10 @@ class Lines:
         """See ``View``."""
         self._done += ended.code == 0
         where = f" on {ended.host}" if ended.host else ""
+        if ended.code == _INTERRUPTED:
+            self._stopped.append(ended.job.name)
+            log.debug("%s was interrupted (its output: %s).", ended.job.name, ended.job.output)
+            return
         if ended.code:
             output = f" (its output: {ended.job.output})" if ended.job.output.exists() else ""
             log.warning("%s did not finish: %s%s.", ended.job.name, ended.why.rstrip("."), output)
@@ -92,7 +99,10 @@ class Lines:
         """See ``View``."""
 
     def close(self) -> None:
-        """See ``View``."""
+        """Say once what was stopped because it was asked for."""
+        if self._stopped:
+            log.info("Interrupted, and saved: %s.", ", ".join(self._stopped))
+        self._stopped = []
 
 
 def outcome_now(run: RunRecord) -> float | None:
@@ -164,7 +174,7 @@ class Table(LiveView):
         record = RunRecord(ended.job.directory)
         shown.value, shown.summary = outcome_now(record), None
         shown.seconds = number(record.facts, "spent_s") or ended.seconds
-        shown.state = "done" if ended.code == 0 else "stopped" if ended.code == 130 else "failed"
+        shown.state = "done" if ended.code == 0 else "stopped" if ended.code == _INTERRUPTED else "failed"
         if shown.state == "failed":
             self._known.failures.append(f"{shown.name}: {ended.why}")
         self._lines.ended(ended)
@@ -175,6 +185,7 @@ class Table(LiveView):
     def close(self) -> None:
         """See ``View``."""
         self.stop()
+        self._lines.close()
 
     def _in(self, state: str) -> list[_Shown]:
         return [run for run in list(self._known.runs.values()) if run.state == state]
@@ -195,6 +206,9 @@ class Table(LiveView):
             room, failures = room + len(failures) - 1, failures[-1:]
         if room < min(2, len(going)):
             grid, room = grid[: max(0, len(grid) - (min(2, len(going)) - room))], min(2, len(going))
+        legend = self._legend(grid)
+        if legend and room > len(going):
+            grid.append(legend)
         found = [self._head(width), *grid, *self._running(going, room), *failures]
         return [line[:width] for line in found[:height]]
 
@@ -247,6 +261,17 @@ class Table(LiveView):
         if run.state == "running":
             return f">{run.summary.step}" if run.summary else ">"
         return {"failed": "failed", "stopped": "saved"}.get(run.state, "." if self._plain else "·")
+
+    def _legend(self, grid: Sequence[str]) -> str:
+        """What the signs in the cells mean, those that occur; "" where the grid counts instead."""
+        if not grid or not grid[0].startswith("seed"):
+            return ""
+        now, waits = self._in("running"), "." if self._plain else "·"
+        told = [f"{self._cell(now[0])} running, at that step"] if now and now[0].summary else ["> running"] if now else []
+        told += [f"{waits} waiting"] if self._in("waiting") else []
+        told += ["saved: stopped, goes on with --resume"] if self._in("stopped") else []
+        told += ["% outcome"] if any(run.value is not None for run in self._in("done")) else []
+        return f"({'; '.join(told)})" if told else ""
 
     def _by_condition(self, first: int) -> list[str]:
         found = ["".ljust(first) + "  done  now  failed    mean"]
