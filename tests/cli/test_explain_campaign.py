@@ -103,3 +103,18 @@ def test_the_run_that_is_shown_is_one_of_the_campaign_and_the_largest(explained)
     assert found["step"]["tasks"] == 64
     assert found["sepa"]["never"] is True
     assert "which needs the most memory" in explained(CAMPAIGN + "training.batch_size = 64\n")
+
+
+def test_a_batch_size_that_follows_the_clock_is_told_with_what_the_largest_needs(explained):
+    run = CAMPAIGN.partition("[campaign]")[0].replace("max_tokens = 48", "max_tokens = 48\nbatch_size = 1\ngroup_size = 8")
+    assert json.loads(explained(run, "--json"))["sizes"] is None
+    run += "[backpressure]\nenabled = true\nmax_batch_size = 16\n"
+    found = json.loads(explained(run, "--json"))
+    assert (found["sizes"]["most"], found["sizes"]["warmup"]) == (16, [1, 2, 4, 8, 16])
+    wide = json.loads(explained(run.replace("batch_size = 1\n", "batch_size = 16\n"), "--json"))
+    assert found["sizes"]["memory"] == wide["memory"]
+    assert found["memory"]["peak"] < wide["memory"]["peak"]
+    out = explained(run)
+    assert "batch size   1 to 16 tasks (8 to 128 answers) a step: it follows measured throughput" in out
+    assert "warm-up      goes up through 1, 2, 4, 8, 16 tasks and measures" in out
+    assert max(map(len, out.splitlines())) <= 100

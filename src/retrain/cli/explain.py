@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from retrain.errors import ConfigError, ModelError, UsageError
 
@@ -133,6 +133,7 @@ def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
     """Everything that is known, JSON-serialisable, and the refusal where the device cannot hold the run."""
     from retrain import cards, estimate, plugins, preflight
     from retrain.cli import explained
+    from retrain.cli.explain_sizes import sizes_record
 
     plugins.add_search_paths(asked.loaded.search_paths)
     written = asked.loaded
@@ -171,6 +172,9 @@ def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
     advice += preflight.advice(config, tasks, (), ignored)
     if campaign is not None:
         advice = [*campaign.notes(ignored), *(line for line in advice if line not in preflight.advice(config, (), (), ignored))]
+    sizes = sizes_record(config, made, lambda wide: estimate.estimate(wide, cast("Any", model), device, prompt=prompt))
+    if sizes and (wide := sizes.pop("advice")):
+        advice.append(f"At backpressure.max_batch_size = {sizes['most']}: {wide[0]}")
     found = None
     if asked.probe and refusal is None:
         found = _probe(asked, advice)
@@ -191,6 +195,7 @@ def _record(asked: _Asked) -> tuple[dict[str, Any], ConfigError | None]:
         "step": _step(config, made, "probe" if found else "data" if prompt else "assumed"),
         "memory": made and explained.memory_record(made),
         "time": made and explained.time_record(config, made, measured=found is not None and found.length.low is not None),
+        "sizes": sizes,
         "disk": explained.disk_record(config, made),
         "campaign": campaign and campaign.record,
         "sepa": explained.sepa_record(config),

@@ -100,7 +100,7 @@ def text(record: Mapping[str, Any]) -> str:
     campaign = record["campaign"]
     parts = [
         _settings(record), *([_list("Campaign", campaign["lines"]), worth] if campaign else []),
-        _step(record), _memory(record), _time(record), _probe(record), _credit(record), _directory(record),
+        _step(record), _memory(record), _time(record), _sizes(record), _probe(record), _credit(record), _directory(record),
         *([] if campaign else [worth]), _list("Not known", record["unknown"]),
     ]  # fmt: skip
     return "\n\n".join("\n".join(line.rstrip() for line in part) for part in parts if part)
@@ -283,6 +283,37 @@ def _time(record: Mapping[str, Any]) -> list[str]:
         kept = f"{_count(disk['checkpoints_kept'], 'checkpoint')} of {size(disk['checkpoint'])}, adapter {size(disk['adapter'])}"
         stored = f", rollouts up to {size(disk['rollouts_at_most'])}" if disk["rollouts_at_most"] else ""
         lines.append(f"{_INDENT}{'disk':<13}{kept}{stored}")
+    return [w for line in lines for w in (_wrapped(line, "", " " * 15) if len(line) > _WIDTH else [line])]
+
+
+def _sizes(record: Mapping[str, Any]) -> list[str]:
+    """Of a run whose batch size follows the clock."""
+    found, time = record["sizes"], record["time"]
+    if not found:
+        return []
+    least, most, group = found["least"], found["most"], found["group_size"]
+    how = "your controller chooses it" if found["own"] else "it follows measured throughput, so no two runs are the same"
+    lines = [
+        "Back pressure",
+        f"  batch size   {least:,} to {most:,} tasks ({least * group:,} to {most * group:,} answers) a step: {how}",
+    ]
+    if found["warmup"]:
+        lines.append(f"  warm-up      goes up through {', '.join(map(str, found['warmup']))} tasks and measures; then it settles")
+    elif not found["own"]:
+        lines.append("  warm-up      none: the size stays as it is unless an engine reports a queue")
+    if found["memory"]:
+        memory = found["memory"]
+        lines.append(
+            f"  memory       at {most:,} tasks {size(memory['peak'])}, between {size(memory['low'])} and {size(memory['high'])}, "
+            f"of {size(memory['device'])}"
+        )
+    if found["time"] and time:
+        step, run = found["time"]["step"], found["time"]["run"]
+        lines.append(f"  a step       at {most:,} tasks {seconds(step['low'])} to {seconds(step['high'])}")
+        lines.append(
+            f"  the run      {seconds(min(run['low'], time['run']['low']))} to {seconds(run['high'])}, from all steps at "
+            f"{record['step']['tasks']:,} to all at {most:,} tasks"
+        )
     return [w for line in lines for w in (_wrapped(line, "", " " * 15) if len(line) > _WIDTH else [line])]
 
 
