@@ -156,6 +156,12 @@ def test_runs_at_once_are_as_many_as_the_memory_holds(here):
     assert "2 runs at once, not 4: more do not fit the memory." in found.announced
 
 
+def test_answers_that_no_run_has_positions_for_are_refused_before_any_begins(here):
+    design = planned(TINY.replace("max_tokens = 16", "max_tokens = 2048"))
+    with pytest.raises(ConfigError, match=r"condition grpo\+none: .*max_tokens = 2048 does not fit: .* has 512 positions"):
+        forecast.refuse_unfit(design, forecast.forecast(design))
+
+
 def test_too_many_runs_at_once_are_refused_with_a_number_that_fits(here, tmp_path):
     here(gib=1)
     path = tmp_path / "c.toml"

@@ -100,6 +100,24 @@ def test_a_run_that_is_killed_breaks_or_is_refused_stops_no_other_and_is_told_wi
     assert sorted(again) == ["grpo+none_s1", "grpo+none_s2", "maxrl+none_s1"]
 
 
+def test_where_the_first_runs_are_all_refused_alike_no_further_one_is_started(tmp_path):
+    campaigns.write(tmp_path, seeds=(1, 2, 3), more='launcher = "serial"')
+    for path in [tmp_path / "signs" / f"{mode}+none_s{seed}" for mode in ("grpo", "maxrl") for seed in (1, 2, 3)]:
+        path.write_text("refuse 0")
+    code, said = campaigns.run(tmp_path, "campaign.toml")
+    directory = campaigns.campaign(tmp_path)
+    assert (code, len(campaigns.rows(directory / "processes.jsonl"))) == (1, 4), said
+    assert "the first 4 runs were refused alike, so no further one is started: retrain: light: this run is refused" in said
+    assert f"retrain --resume {directory}" in said.replace("\n", "")
+
+
+def test_refusals_that_differ_or_come_later_stop_no_campaign():
+    for reasons, jobs in ((["a", "a", "b", "a"], 9), (["", "a", "a", "a"], 9), (["a"] * 4, 4), (["a"] * 5, 9)):
+        run._check_alike(Path("c"), reasons, jobs)
+    with pytest.raises(RunError, match="no further one is started: a"):
+        run._check_alike(Path("c"), ["a"] * 4, 5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_saves_every_run_and_a_resume_counts_no_step_twice(tmp_path, number):

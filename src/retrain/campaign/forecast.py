@@ -299,15 +299,19 @@ def _tokens(runs: Sequence[PlannedRun]) -> Interval:
 
 
 def refuse_unfit(planned: Plan, told: Forecast) -> None:
-    """ConfigError where a run alone, or those that share a device, cannot fit on it; of a cluster of others it is not known."""
-    if not _is_here(planned.campaign):
-        return
+    """ConfigError where answers do not fit the model's positions, or a run alone, or those that share a device, cannot fit on
+    it; of the devices of a cluster of others it is not known."""
     for run in planned.runs[: len(planned.conditions)]:
         if run.condition in told.estimates:
+            made = told.estimates[run.condition]
             try:
-                preflight.refuse_unfit(run.config, told.estimates[run.condition])
+                preflight.check_room(run.config, made.model)
+                if _is_here(planned.campaign):
+                    preflight.refuse_unfit(run.config, made)
             except ConfigError as error:
                 raise ConfigError(f"condition {run.condition}: {error.message}", fix=error.fix) from error
+    if not _is_here(planned.campaign):
+        return
     room = told.room
     if room is None or told.device.guessed or room.together <= room.fit:
         return

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from retrain import cards
-from retrain.campaign import forecast, manifest, outcomes, plan, rank, ray_cluster, table, tune
+from retrain.campaign import beforehand, forecast, manifest, outcomes, plan, rank, ray_cluster, table, tune
 from retrain.campaign.launchers import Ended, Job, Launcher, Processes
 from retrain.campaign.manifest import Manifest
 from retrain.campaign.plan import Plan, PlannedRun
@@ -81,6 +81,8 @@ def execute(
     with _locked(directory), _logging(directory):
         for line in (*planned.announcements, *forecast.lines(told, loaded.config)):
             log.info(line)
+        for line in beforehand.notes(planned):
+            log.info("note: %s", line)
         write_atomically(directory / layout.CONFIG, dump_toml(_stored(planned.loaded.config)))
         manifest.write(directory, declared)
         return _run(directory, planned, declared, plain=plain, stop=stop)
@@ -284,9 +286,12 @@ def run_all(
     waiting = {run.name for run in todo}
     launcher = _launcher(root.parent, planned, known)
     shown = table.view(root, runs, [run.name for run in runs if run.name not in waiting], plain=plain)
+    reasons: list[str] = []
 
     def ended(end: Ended) -> None:
         _note(root.parent, end, shown)
+        reasons.append(end.why.replace(end.job.name, "") if end.code == outcomes.REFUSED else "")
+        _check_alike(root.parent, reasons, len(jobs))
         if end.code == 0 and analysis is not None:
             analysis.begin(end.job.directory)
 
@@ -299,6 +304,20 @@ def run_all(
         launcher.run(jobs, stop=stop, begun=shown.begun, ended=ended, tick=tick)
     finally:
         shown.close()
+
+
+_ALIKE = 4
+"""So many runs refused alike, and none that was not, stand for all others: they go through every condition in turn."""
+
+
+def _check_alike(directory: Path, reasons: Sequence[str], jobs: int) -> None:
+    """RunError when the first runs of this start were all refused for one reason, which ``reasons`` holds for each that
+    ended ("": it was not refused)."""
+    if len(reasons) == _ALIKE < jobs and len(set(reasons)) == 1 and reasons[0]:
+        raise RunError(
+            f"the first {_ALIKE} runs were refused alike, so no further one is started: {reasons[0]}",
+            fix=f"where that is a setting, correct it in a new campaign; else go on with: retrain --resume {directory}",
+        )
 
 
 def _job(root: Path, run: PlannedRun) -> Job:

@@ -223,7 +223,8 @@ def outcome(path: Path, label: str, seed: int, fixed: Declared, ended: outcomes.
 
 def choose(tried: Sequence[Tried]) -> dict[str, Any]:
     """For each condition the value with the best mean outcome; of equal ones the smaller, or the first where they are no
-    numbers, and one without any evaluation is never taken. RunError where trials are not done, or a condition has none with an evaluation."""
+    numbers, and one without any evaluation is never taken. RunError where trials are not done, or a condition has none with an
+    evaluation."""
     found: dict[str, Any] = {}
     for condition in dict.fromkeys(each.condition for each in tried):
         arms = [each for each in tried if each.condition == condition]
