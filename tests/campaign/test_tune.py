@@ -258,6 +258,7 @@ examples = 4
     assert code == 0, said
     found = manifest.read(directory)
     assert found.chosen == {"grpo+none": 1e-4, "maxrl+none": 1e-3}
+    assert "grpo+none chose training.lr = 0.0001, the smallest of the values that were tried" in said
     assert "Trial grpo+none~lr=0.001_s77: failed (retrain: light: this run is refused." in said
     assert "Trial maxrl+none~lr=0.0001_s77: failed (killed by SIGKILL" in said
     assert set(campaigns.states(directory).values()) == {"done"}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from retrain import cards
-from retrain.campaign import beforehand, forecast, manifest, outcomes, plan, rank, ray_cluster, table, tune
+from retrain.campaign import beforehand, cautions, forecast, manifest, outcomes, plan, rank, ray_cluster, table, tune
 from retrain.campaign.launchers import Ended, Job, Launcher, Processes
 from retrain.campaign.manifest import Manifest
 from retrain.campaign.plan import Plan, PlannedRun
@@ -254,6 +254,8 @@ def _choose(
     manifest.write(directory, known)
     for label, value in known.chosen.items():
         log.info("%s chose %s.", label, value)
+    for line in cautions.at_edge(known.declared, known.chosen):
+        log.warning(line)
     return known
 
 
