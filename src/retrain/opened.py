@@ -250,11 +250,20 @@ def _notes(subject: Subject, config: Config) -> list[str]:
     path = held_out.path or (data.path if held_out.source == data.source else "")
     same = (held_out.source, path) == (own.get("source"), own.get("path", ""))
     if (
-        subject.kind == "run"
+        (subject.kind == "run" or subject.settings_of)
         and same
         and (held_out.split == own.get("split", "train") or path.endswith(".jsonl"))
     ):
         found.append("these are the training tasks of the run: the accuracy is not a held-out one.")
+    if subject.settings_of:
+        found.append(f"evaluated with the settings of {subject.settings_of}, the run that it was squeezed from.")
+    elif subject.kind == "adapter":
+        limit = held_out.max_tokens or config.training.max_tokens
+        temperature = config.training.temperature if held_out.temperature is None else held_out.temperature
+        found.append(
+            f"scored by the reward {config.reward.type} with max_tokens {limit} and temperature {temperature:g}; the run that "
+            "made this adapter may have used others, and its accuracies are then not comparable."
+        )
     if subject.selected:
         found.append(f"this checkpoint was {subject.selected}; quote an accuracy of other tasks.")
     return found

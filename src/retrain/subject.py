@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,7 +14,8 @@ from retrain.config.idle import idle
 from retrain.config.load import LoadedConfig, Override, load
 from retrain.config.names import TINY_MODEL
 from retrain.config.schema import Config
-from retrain.errors import ModelError, ResumeError, UsageError
+from retrain.errors import ConfigError, ModelError, ResumeError, UsageError
+from retrain.squeeze.folder import RECORD
 from retrain.tracking import layout
 from retrain.training.checkpoint import Checkpoints, damage
 
@@ -28,6 +29,9 @@ _CANNOT = {
 }
 """Settings of PEFT that our forward has no counterpart for."""
 
+_SQUEEZES = 8
+"""How many squeezes of squeezes are followed back to a run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -35,7 +39,8 @@ class Subject:
 
     ``settings`` is a nested mapping to load a configuration from. ``adapter`` is None for a plain model, ``step`` the
     number of completed steps where a run's checkpoint says it, ``facts`` what that checkpoint recorded about model
-    and tokenizer. ``selected`` says that the checkpoint was chosen by its evaluation.
+    and tokenizer. ``selected`` says that the checkpoint was chosen by its evaluation, ``settings_of`` names the run whose
+    settings an adapter folder has taken (``with_its_run``).
     """
 
     kind: Literal["run", "adapter", "model"]
@@ -47,6 +52,7 @@ class Subject:
     step: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     selected: str = ""
+    settings_of: str = ""
 
     @property
     def title(self) -> str:
@@ -102,11 +108,21 @@ def find(name: str, checkpoint: str = "") -> Subject:
         return _adapter(name, place)
     if os.path.isfile(place / "config.json"):
         return _plain(name)
+    if layout.holds_campaign(place):
+        raise _is_a_campaign(name, place)
     raise UsageError(
         f"{name} holds neither a run (config.toml with checkpoints), nor an adapter ({_ADAPTER_SETTINGS}), nor a model "
         "(config.json).",
         fix="name such a folder, a model id on Hugging Face, or retrain/tiny.",
     )
+
+
+def _is_a_campaign(name: str, place: Path) -> UsageError:
+    runs = sorted(p for p in (place / layout.CAMPAIGN_RUNS).glob("*") if _is_run(p))
+    done = next((run for run in runs if os.path.isfile(run / layout.ADAPTER / _ADAPTER_SETTINGS)), None)
+    named = f"{name.rstrip('/')}/{layout.CAMPAIGN_RUNS}/"
+    fix = f"name one of its runs: {named}{done.name}" if done else f"none is done; later, name one: {named}LABEL_sSEED"
+    return UsageError(f"{name} is a campaign, which holds several runs.", fix=f"{fix}.")
 
 
 def _is_run(place: Path) -> bool:
@@ -139,9 +155,7 @@ def _plain(name: str) -> Subject:
 
 def _run(name: str, place: Path, checkpoint: str) -> Subject:
     config = load(place / layout.CONFIG).config
-    settings = config.model_dump(exclude_unset=True, exclude_none=True, by_alias=True, exclude={"resume"})
-    # What the adapter started from is part of the checkpoint, and may be gone.
-    settings.get("lora", {}).pop("init_from", None)
+    settings = _settings_of_run(config)
 
     def of(path: Path, state: Mapping[str, Any], selected: str = "") -> Subject:
         return Subject(
@@ -172,6 +186,44 @@ def _run(name: str, place: Path, checkpoint: str) -> Subject:
     if wrong := damage(path):
         raise ModelError(f"{path} is damaged: {wrong}.", fix=f"choose another: {_listed(place)}.")
     return of(path, json.loads((path / layout.STATE).read_text(encoding="utf-8")), selected)
+
+
+def _settings_of_run(config: Config) -> dict[str, Any]:
+    settings = config.model_dump(exclude_unset=True, exclude_none=True, by_alias=True, exclude={"resume"})
+    # What the adapter started from is part of the checkpoint, and may be gone.
+    settings.get("lora", {}).pop("init_from", None)
+    return settings
+
+
+def with_its_run(subject: Subject, folder: Path | None = None) -> Subject:
+    """An adapter that was squeezed, with the settings of the run that it comes from, so that both are evaluated alike. Nothing
+    changes where no run is named in ``folder`` (its own by default), or the run is not there any more."""
+    place = folder or subject.adapter
+    run = _origin(place) if subject.kind == "adapter" and place is not None else None
+    if run is None:
+        return subject
+    try:
+        settings = _settings_of_run(load(run / layout.CONFIG).config)
+    except ConfigError:  # of another version, or damaged
+        return subject
+    own = {key: {**settings.get(key, {}), **subject.settings[key]} for key in ("model", "lora")}
+    return replace(subject, settings={**settings, **own}, settings_of=str(run))
+
+
+def _origin(place: Path) -> Path | None:
+    """The run at the beginning of squeezes of squeezes."""
+    for _ in range(_SQUEEZES):
+        try:
+            found: object = json.loads((place / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        named = cast("dict[str, Any]", found).get("squeezed_from") if isinstance(found, dict) else None
+        if not isinstance(named, str) or not os.path.isabs(named):
+            return None
+        place = Path(named)
+        if (run := run_around(place)) is not None:
+            return run
+    return None
 
 
 def _best(place: Path) -> tuple[str, str]:

@@ -149,6 +149,9 @@ def test_a_written_adapter_is_used_by_eval_and_by_a_run(
     assert f"Wrote {out}: rank 6, alpha 15;" in text  # 40 x 6 / 16
     command = re.search(r"^  retrain (run/config\.toml .*)$", text, re.MULTILINE)
     assert command is not None
+    assert "--max-steps 10 " in command[1]
+    assert "a suggestion, also its number of steps" in text
+    assert "of all together" in text
     record = json.loads((out / "squeeze.json").read_text())
     assert record["rank"] == 16
     assert json.loads((out / "retrain_export.json").read_text())["squeezed"]["to"] == 6
@@ -167,7 +170,7 @@ def test_a_written_adapter_is_used_by_eval_and_by_a_run(
     assert by_itself["weights"]["adapter"]
     # The command that it prints is one that works: it begins at the compressed adapter, not at zero.
     on = tmp_path / "on"
-    continued = command[1].replace(f"{out}-cont", str(on)).split()
+    continued = command[1].replace(f"{out}-cont", str(on)).replace("--max-steps 10", "--max-steps 1").split()
     said(*continued)
     rows = [json.loads(line) for line in (on / "metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in rows) == 1
@@ -190,9 +193,28 @@ def test_accuracy_before_and_after_is_that_of_eval(
     assert change["mean"] == pytest.approx(after["eval/accuracy"] - before["eval/accuracy"], abs=1e-12)
     assert change["low"] < change["mean"] < change["high"]
     assert change["tasks"] == 40
+    # The written folder knows the run's evaluation: the same command for both gives comparable numbers.
+    by_itself = json.loads(said("eval", str(out), "--examples", "40", "--json"))
+    assert by_itself["metrics"] | {"eval/time_s": 0} == after | {"eval/time_s": 0}
+    assert (by_itself["settings"]["reward"], by_itself["settings"]["max_tokens"]) == ("match", 40)
+    assert by_itself["notes"][0].startswith(f"evaluated with the settings of {Path('run').absolute()}")
+    (out / "squeeze.json").unlink()
+    words = ("--source", "arithmetic", "--examples", "8", "--max-tokens", "24")
+    assert "scored by the reward math with max_tokens 24 and temperature 0.7" in said("eval", str(out), *words)
     whole = json.loads(said("squeeze", "run", "--rank", "16", "--eval", "--json"))["eval"]
     assert whole["difference"]["after"]["eval"]["changed_tasks"] == 0
     assert whole["after"]["eval/accuracy"] == whole["before"]["eval/accuracy"]
+
+
+def test_a_copy_at_its_own_rank_says_so(said: Callable[..., str], tmp_path: Path) -> None:
+    words = ("squeeze", "run", "--min-variance-retention", "0.99999", "--target-ranks", "[1]")
+    text = said(*words, "--out", str(tmp_path / "copy"))
+    assert f"Wrote {tmp_path / 'copy'}: nothing is compressed: rank 16 is the adapter's own" in text
+    record = json.loads(said(*words, "--out", str(tmp_path / "again"), "--json"))
+    assert record["compressed"]["compresses"] is False
+    assert record["squeezed_from"] == os.path.abspath("run")
+    small = json.loads(said("squeeze", "run", "--rank", "3", "--out", str(tmp_path / "less"), "--json"))
+    assert small["compressed"]["compresses"] is True
 
 
 def test_an_adapter_with_patterns_is_evaluated_through_copies_of_one_rank(

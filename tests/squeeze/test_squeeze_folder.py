@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from retrain import export_folder
-from retrain.campaign import rank
+from retrain.campaign import plan, rank
+from retrain.config.load import dump_toml, load
 from retrain.config.schema import Squeeze
-from retrain.errors import ConfigError, ModelError
+from retrain.errors import ConfigError, ModelError, UsageError
 from retrain.squeeze import child, folder
 from retrain.squeeze.analysis import analyse
 from retrain.squeeze.compress import compress
+from retrain.subject import configure, find, with_its_run
 
 _made = runpy.run_path(str(Path(__file__).with_name("made.py")))
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -145,3 +147,98 @@ def test_a_campaign_is_not_begun_over_an_adapter(tmp_path: Path) -> None:
     rank.check(Squeeze(output_path=str(tmp_path / "new")))
     rank.check(Squeeze())
     rank.check(None)
+
+
+def test_a_relative_output_is_that_of_the_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a campaign keeps of its settings names one folder, from wherever it goes on."""
+    text = '[campaign]\nseeds = [1]\n[squeeze]\noutput_path = "small"\n'
+    (tmp_path / "c.toml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    kept = plan.anchored(load("c.toml")).config
+    (tmp_path / "kept.toml").write_text(dump_toml(kept))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    again = load(tmp_path / "kept.toml").config.squeeze
+    assert again is not None
+    assert rank.output_of(again) == tmp_path / "small"
+    (tmp_path / "none.toml").write_text('[campaign]\nseeds = [1]\n')
+    assert plan.anchored(load(tmp_path / "none.toml")).config.squeeze is None
+
+
+def test_an_adapter_written_at_its_own_rank_says_that_nothing_is_compressed(tmp_path: Path) -> None:
+    # Three equal directions of four: the table has 1, 2 and 4, and 3 would do.
+    layer = _made["factors"]([1.0, 1.0, 1.0, 0.0], 12, 10)
+    own = _made["write"](tmp_path / "own", {"model.layers.0.q_proj": layer})
+    found = child.squeeze(own, Squeeze(output_path=str(tmp_path / "copy")))
+    assert (found["recommended_rank"], found["least_rank"], found["rank"]) == (4, 3, 4)
+    assert found["compressed"]["compresses"] is False
+    assert (found["compressed"]["retained"], found["compressed"]["pooled"]) == (1.0, 1.0)
+    said = folder.uncompressed(found, "--rank")
+    assert said == "nothing is compressed: rank 4 is the adapter's own; --rank 3 is the least that keeps 95 % of the variance."
+    less = child.squeeze(own, Squeeze(output_path=str(tmp_path / "less"), compress_to=3))
+    assert less["compressed"]["compresses"] is True
+    assert folder.uncompressed(less, "--rank") == ""
+    assert folder.uncompressed({k: v for k, v in found.items() if k != "compressed"}, "--rank") == ""
+    full = _made["write"](tmp_path / "full", {"model.layers.0.q_proj": _made["factors"]([1.0] * 4, 12, 10)})
+    kept = child.squeeze(full, Squeeze(output_path=str(tmp_path / "all")))
+    assert "no lower one keeps 95 %" in folder.uncompressed(kept, "--rank")
+
+
+RUN = """
+[model]
+model = "retrain/tiny"
+lora_rank = 4
+[training]
+max_steps = 6
+max_tokens = 33
+[data]
+source = "arithmetic"
+[reward]
+type = "match"
+[eval]
+source = "arithmetic"
+examples = 7
+"""
+
+
+def test_what_was_squeezed_of_a_run_is_evaluated_as_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    adapter(run / "adapter")
+    (run / "config.toml").write_text(RUN)
+    (run / "run.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    child.squeeze(Path("run/adapter"), Squeeze(output_path="small", compress_to=2))
+    child.squeeze(Path("small"), Squeeze(output_path="smaller", compress_to=1))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    for name, kept in (("small", 2), ("smaller", 1)):
+        place = tmp_path / name
+        settings = json.loads((place / "adapter_config.json").read_text())
+        settings["base_model_name_or_path"] = "retrain/tiny"
+        (place / "adapter_config.json").write_text(json.dumps(settings))
+        target = with_its_run(find(str(place)))
+        assert (target.kind, target.settings_of, target.adapter) == ("adapter", str(run), place)
+        config = configure(target, [], ("eval.",), "eval").config
+        assert (config.reward.type, config.eval.examples, config.training.max_tokens) == ("match", 7, 33)
+        assert (config.model.lora_rank, config.lora.alpha) == (kept, settings["lora_alpha"])
+    for text in ("[nonsense]\nx = 1\n", None):
+        (run / "config.toml").write_text(text) if text else (run / "config.toml").unlink()
+        assert with_its_run(find(str(tmp_path / "small"))) == find(str(tmp_path / "small"))
+    for text in ("{", "[]", '{"squeezed_from": 3}', '{"squeezed_from": "run"}', json.dumps({"squeezed_from": str(place)})):
+        (tmp_path / "smaller/squeeze.json").write_text(text)
+        assert with_its_run(find(str(place))).settings_of == ""
+
+
+def test_a_campaign_is_not_taken_for_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "c/runs/b_s1").mkdir(parents=True)
+    (tmp_path / "c/manifest.json").write_text("{}")
+    (tmp_path / "c/config.toml").write_text("")
+    with pytest.raises(UsageError, match=r"is a campaign.* none is done"):
+        find(str(tmp_path / "c"))
+    for name in ("a_s1", "b_s1", "c_s1"):
+        (tmp_path / "c/runs" / name).mkdir(exist_ok=True)
+        (tmp_path / "c/runs" / name / "config.toml").write_text(RUN)
+        (tmp_path / "c/runs" / name / "run.json").write_text("{}")
+    adapter(tmp_path / "c/runs/b_s1/adapter")
+    with pytest.raises(UsageError, match=rf"name one of its runs: {tmp_path}/c/runs/b_s1\."):
+        find(f"{tmp_path}/c/")

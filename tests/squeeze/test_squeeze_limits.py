@@ -130,9 +130,14 @@ def test_modules_that_share_a_cell_show_the_largest_and_say_so(tmp_path: Path) -
     record = analyse(write(tmp_path / "a", made)).record()
     assert [la["needed_rank"] for la in record["layers"]] == [8, 8, 1, 1]
     assert grid(record, "needed_rank") == (["0"], ["self_attn.q_proj", "mlp.experts.*.up_proj"], [[1, 8]])
-    title, _, row, mean = heat_map(record)
+    title, _, row, mean, effective, norm, shades, _ = heat_map(record)
     assert title.endswith("(largest of up to 3 modules of a type)")
     assert re.findall(r"\d+", row) == ["0", "1", "8"]
     assert mean.split() == ["mean", "1.0", "5.7"]
+    # Eight equal directions twice and one direction: 8, 8 and 1; norms sqrt(8), sqrt(8) and 1, by the settings' scale.
+    assert effective.split() == ["eff.", "1.0", f"{17 / 3:.1f}"]
+    scale = record["layers"][3]["norm"]
+    assert norm.split() == ["norm", f"{scale:.2g}", f"{scale * (2 * 8**0.5 + 1) / 3:.2g}"]
+    assert shades == "shades: up to ░ 2, ▒ 4, ▓ 6, █ 8 of rank 8"
     pytest.importorskip("plotly")
     assert "largest of up to 3 modules" in page(record)

@@ -196,6 +196,8 @@ def anchored(loaded: LoadedConfig) -> LoadedConfig:
     if config.campaign is not None and config.campaign.pilot:
         pilot = _found(config.campaign.pilot, loaded.path)
         config = config.model_copy(update={"campaign": config.campaign.model_copy(update={"pilot": pilot})})
+    if config.squeeze is not None:
+        config = config.model_copy(update={"squeeze": rank.anchored(config.squeeze)})
     return replace(loaded, config=config)
 
 

@@ -30,6 +30,7 @@ FOLDER = "squeeze"
 COMMAND = [sys.executable, "-P", "-m", "retrain.campaign.rank"]
 _RUN = "run.txt"
 """Names the run whose adapter is analysed."""
+_KEPT = ("recommended_rank", "least_rank", "table", "compressed")
 _POLL_S = 0.1
 _INTERRUPTED = 130
 
@@ -37,6 +38,12 @@ _INTERRUPTED = 130
 def output_of(settings: Squeeze) -> Path | None:
     """Where the compressed adapter goes; None without one."""
     return Path(settings.output_path).expanduser().absolute() if settings.output_path else None
+
+
+def anchored(settings: Squeeze) -> Squeeze:
+    """With the output's folder made absolute from the working directory, as ``logging.log_dir`` is."""
+    output = output_of(settings)
+    return settings if output is None else settings.model_copy(update={"output_path": str(output)})
 
 
 def check(settings: Squeeze | None) -> None:
@@ -107,9 +114,11 @@ class Analysis:
             )  # fmt: skip
             return False
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        self.found = {"run": self.run, **{k: record[k] for k in ("recommended_rank", "table", "compressed") if k in record}}
+        self.found = {"run": self.run, **{k: record[k] for k in _KEPT if k in record}}
         self.keep(self.found)
         log.info("Rank analysis of %s: %s keeps the variance asked for.", self.run, record["recommended_rank"])
+        if same := output_folder.uncompressed(record, "squeeze.compress_to ="):
+            log.warning("%s: %s", record["compressed"]["output"], same)
         return True
 
     def wait(self, stop: threading.Event) -> bool:

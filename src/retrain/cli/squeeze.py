@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shlex
 import sys
@@ -252,6 +251,8 @@ def _squeezed(job: Job, temporary: Path) -> tuple[dict[str, Any], Compressed | N
             source_rank=settings.source_rank or expected, device=settings.device, keep=wants, progress=progress(),
         )  # fmt: skip
     record = found.record()
+    if job.run is not None and job.run.directory is not None:
+        record["squeezed_from"] = os.path.abspath(job.run.directory)
     base = record["base_model"]
     if "model" in model.model_fields_set and base and model.model != base and "--eval" not in flags:
         record["notes"].append(f"model.model is {model.model}, and the adapter was trained on {base}.")
@@ -271,6 +272,7 @@ def _write(job: Job, found: Analysis, rank: int, record: dict[str, Any]) -> Comp
     from retrain import export_folder, preflight
     from retrain.errors import RunError
     from retrain.squeeze.compress import compress
+    from retrain.squeeze.folder import RECORD
     from retrain.tracking.run_log import to_json
 
     output = _output(job)
@@ -291,7 +293,7 @@ def _write(job: Job, found: Analysis, rank: int, record: dict[str, Any]) -> Comp
                 device=job.settings.device,
                 progress=progress(),
             )
-            (place / "squeeze.json").write_text(to_json(record) + "\n", encoding="utf-8")
+            (place / RECORD).write_text(to_json(record) + "\n", encoding="utf-8")
             export_folder.place(place, output, facts)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -303,8 +305,7 @@ def _write(job: Job, found: Analysis, rank: int, record: dict[str, Any]) -> Comp
             ) from error
         raise
     written = replace(written, directory=output)
-    row = found.row(rank)
-    record["compressed"] = {**written.record(), "retained": row.mean, "predicted_error": math.hypot(row.error, written.rounding)}
+    record["compressed"] = written.record(found)
     return written
 
 
@@ -323,7 +324,7 @@ def _log_dir(job: Job) -> Path:
 
 
 def _continuing(job: Job, directory: Path, rank: int, alpha: float, steps: int) -> list[str]:
-    """The command line that trains the adapter in ``directory`` on, as its run was, for ``steps`` (0: a tenth of its)."""
+    """The command line that trains the adapter in ``directory`` on, as its run was, for ``steps`` (0: a tenth, at least 10)."""
     assert job.run is not None  # an adapter alone has no settings to train with
     assert job.run.directory is not None
     settings = job.run.settings
@@ -331,7 +332,7 @@ def _continuing(job: Job, directory: Path, rank: int, alpha: float, steps: int) 
     trained = settings.get("training", {}).get("max_steps", 0)
     words = [str(job.run.directory / "config.toml"), "--init-from", str(directory), "--lora-rank", str(rank)]
     words += ["--lora.alpha", str(int(alpha)), "--lora.rslora", rslora]
-    words += ["--max-steps", str(steps or max(1, trained // 10)), "--log-dir", str(_log_dir(job))]
+    words += ["--max-steps", str(steps or max(10, trained // 10)), "--log-dir", str(_log_dir(job))]
     if settings.get("backend", {}).get("adapter_path") and not _gives(job, "backend", "adapter_path"):
         words += ["--backend.adapter_path", ""]  # the run's own, which this one must not replace
     if steps:
@@ -413,17 +414,22 @@ def _tell_wandb(job: Job, record: Mapping[str, Any]) -> str:
 
 
 def _report(record: Mapping[str, Any], *, hint: bool) -> str:
+    from retrain.squeeze.folder import uncompressed
     from retrain.squeeze.show import percent, report
 
     lines = [report(record)]
     made = record.get("compressed")
     if made is not None:
         size = f"{made['bytes'] / 1e6:,.1f} MB"
+        same = uncompressed(record, "--rank")
         folded = ", what alpha lacks in the factors" if made["folded"] else ""
+        wrote = f"Wrote {made['output']}: "
         lines += [
             "",
-            f"Wrote {made['output']}: rank {made['rank']}, alpha {made['alpha']:g}{folded}; {size}, keeps "
-            f"{percent(made['retained'])} of the variance; relative error {made['predicted_error']:.2g}, of which "
+            *([wrote + same] if same else []),
+            f"{'It has ' if same else wrote}rank {made['rank']}, alpha {made['alpha']:g}{folded}; {size}, keeps "
+            f"{percent(made['retained'])} of the variance (mean over layers; {percent(made['pooled'])} of all together); "
+            f"relative error {made['predicted_error']:.2g}, of which "
             f"{made['rounding_error']:.1g} is the rounding to {made['dtype']}.",
         ]
         if made["patterns"]:
@@ -435,5 +441,6 @@ def _report(record: Mapping[str, Any], *, hint: bool) -> str:
     if "wandb" in record:
         lines.append(f"wandb: {record['wandb']}")
     if hint and "train_on" in record and record["compressed"]["rank"] < record["rank"]:
-        lines += ["", "Short training after compression, if accuracy matters:", f"  {record['train_on']}"]
+        lines += ["", "Short training after compression, if accuracy matters (a suggestion, also its number of steps):"]
+        lines.append(f"  {record['train_on']}")
     return "\n".join(lines)

@@ -48,7 +48,7 @@ Evaluated = tuple[dict[str, Any], dict[tuple[str, str], list[bool]]]
 def evaluate(job: Job, found: Analysis, rank: int, record: dict[str, Any], temporary: Path) -> None:
     """Accuracy before and after, on the same tasks and noise."""
     from retrain.squeeze.compress import compress
-    from retrain.subject import find
+    from retrain.subject import find, with_its_run
 
     device = job.settings.device
     with line_cleared():
@@ -58,7 +58,7 @@ def evaluate(job: Job, found: Analysis, rank: int, record: dict[str, Any], tempo
         if job.run is None and not (found.source.is_uniform and float(found.source.alpha).is_integer()):
             before = temporary / "before"
             compress(found, found.source.rank, before, uniform=True, device=device, progress=progress())
-    subject = job.run or find(str(before))
+    subject = job.run or with_its_run(find(str(before)), job.adapter)
     model = job.loaded.config.model
     if job.run is None and "model" in model.model_fields_set:
         own = {**subject.settings, "model": {**subject.settings["model"], "model": model.model}}

@@ -24,8 +24,8 @@ USAGE = {
 Usage: retrain eval RUN_OR_MODEL [--source S] [--flag value ...]
 
 Accuracy on held-out tasks, with a 95 % interval clustered by task. RUN_OR_MODEL is a run directory, a folder of a PEFT
-adapter, a model folder, a model id on Hugging Face, or retrain/tiny. A run's own [eval] is the default. Nothing is
-written.
+adapter, a model folder, a model id on Hugging Face, or retrain/tiny. A run's own [eval] is the default, also
+for what retrain squeeze wrote of it. Nothing is written.
 
   --source S --path P --split S --levels L    the tasks (a run's own without --source)
   --examples N --samples K --seed S           how many, how often each, which
@@ -314,7 +314,7 @@ def _target(
     """What the command is pointed at, and the configuration to use it with."""
     from retrain.cli import dotenv
     from retrain.config.options import parse
-    from retrain.subject import configure, find
+    from retrain.subject import configure, find, with_its_run
 
     line = parse(
         rest, aliases, positional="run or adapter" if command == "export" else "run, adapter or model"
@@ -331,6 +331,8 @@ def _target(
     with contextlib.redirect_stdout(sys.stderr):
         dotenv.load()
     target = find(line.config, own.get("--checkpoint", ""))
+    if command == "eval":
+        target = with_its_run(target)
     return target, configure(target, [*line.overrides, *more], acting, command)
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -84,6 +85,7 @@ class Analysis:
         """Everything but the spectra, as one JSON document."""
         return {
             "adapter": str(self.source.directory),
+            "squeezed_from": os.path.abspath(self.source.directory),
             "base_model": self.source.settings.get("base_model_name_or_path"),
             "rank": self.source.rank,
             "alpha": self.source.alpha,

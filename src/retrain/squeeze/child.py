@@ -47,8 +47,8 @@ def squeeze(adapter: Path, settings: Squeeze) -> dict[str, Any]:
         }  # fmt: skip
         with folder.placed(output, adapter, facts) as made:
             written = compress(found, rank, made, device=settings.device)
-            (made / "squeeze.json").write_text(to_json(record) + "\n", encoding="utf-8")
-        record["compressed"] = replace(written, directory=output).record()
+            (made / folder.RECORD).write_text(to_json(record) + "\n", encoding="utf-8")
+        record["compressed"] = replace(written, directory=output).record(found)
     return record
 
 

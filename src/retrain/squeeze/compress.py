@@ -44,12 +44,14 @@ class Compressed:
     dtype: str
     rounding: float
 
-    def record(self) -> dict[str, Any]:
-        """As JSON."""
+    def record(self, of: Analysis) -> dict[str, Any]:
+        """As JSON, with what its rank keeps of the analysed adapter; ``compresses`` is False at the rank of that."""
+        row = of.row(self.rank)
         return {
             "output": str(self.directory), "rank": self.rank, "alpha": self.alpha, "parameters": self.parameters,
             "bytes": self.bytes, "folded": self.folded, "patterns": self.patterns,
-            "dtype": self.dtype, "rounding_error": self.rounding,
+            "dtype": self.dtype, "rounding_error": self.rounding, "compresses": self.rank < of.source.rank,
+            "retained": row.mean, "pooled": row.pooled, "predicted_error": math.hypot(row.error, self.rounding),
         }  # fmt: skip
 
 

@@ -17,6 +17,9 @@ from retrain.tracking.run_log import write_atomically
 MARKER = "retrain_export.json"
 """As of ``retrain export``: lists what was written, so that --overwrite replaces it."""
 
+RECORD = "squeeze.json"
+"""The analysis, beside the adapter at a smaller rank; ``squeezed_from`` in it is the absolute path of the run or the adapter."""
+
 _TEMPORARY = ".squeeze-"
 
 
@@ -42,6 +45,20 @@ def check(output: Path, adapter: Path | None = None) -> None:
             f"{where} is not empty: it holds {held[0]}, which no squeeze of {adapter} wrote.",
             fix="name a new folder, or empty this one.",
         )
+
+
+def uncompressed(record: Mapping[str, Any], key: str) -> str:
+    """What to say of an adapter that was written at its own rank, with the rank that would do after ``key``; "" of another."""
+    made: Mapping[str, Any] | None = record.get("compressed")
+    if made is None or made["compresses"]:
+        return ""
+    least = record["least_rank"]
+    share = f"{100 * record['min_variance_retention']:g} % of the variance"
+    if least >= record["rank"]:
+        return f"nothing is compressed: rank {record['rank']} is the adapter's own, and no lower one keeps {share}."
+    return (
+        f"nothing is compressed: rank {record['rank']} is the adapter's own; {key} {least} is the least that keeps {share}."
+    )
 
 
 def same(a: Path, b: Path) -> bool:

@@ -105,7 +105,17 @@ def heat_map(record: Mapping[str, Any]) -> list[str]:
         lines.append(f"{label:>8}" + "".join(_cell(value, record["rank"], width) for value in cells))
     means = [_mean([la["needed_rank"] for la in record["layers"] if la["module"] == kind]) for kind in kinds]
     lines.append(f"{'mean':>8}" + "".join(f"{m:>{width - 2}.1f}  " for m in means))
+    for label, key, form in (("eff.", "effective_rank", ".1f"), ("norm", "norm", ".2g")):
+        means = [_mean([la[key] for la in record["layers"] if la["module"] == kind]) for kind in kinds]
+        lines.append(f"{label:>8}" + "".join(f"{m:>{width - 2}{form}}  " for m in means))
+    lines += _legend(record["rank"])
     return [line.rstrip() for line in lines]
+
+
+def _legend(rank: int) -> list[str]:
+    parts = len(_SHADES) - 1
+    shades = ", ".join(f"{_SHADES[i]} {rank * i / parts:g}" for i in range(1, parts + 1))
+    return [f"shades: up to {shades} of rank {rank}", "eff.: mean effective rank (entropy); norm: mean norm of the update"]
 
 
 def _cell(value: float | None, rank: int, width: int) -> str:
