@@ -46,7 +46,7 @@ def table(record: Mapping[str, Any]) -> list[str]:
     if record["table"][-1]["mean"] < record["min_variance_retention"]:
         return lines
     lines.append(
-        f"recommended: the least rank whose mean is at least {percent(record['min_variance_retention'])}"
+        f"recommended: the least rank of the table whose mean is at least {percent(record['min_variance_retention'])}"
     )
     return lines
 
