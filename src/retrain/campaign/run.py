@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from retrain import cards
-from retrain.campaign import beforehand, cautions, forecast, manifest, outcomes, plan, rank, ray_cluster, table, tune
+from retrain.campaign import (
+    beforehand,
+    cautions,
+    forecast,
+    manifest,
+    outcomes,
+    plan,
+    rank,
+    ray_cluster,
+    table,
+    tune,
+)
 from retrain.campaign.launchers import Ended, Job, Launcher, Processes
 from retrain.campaign.manifest import Manifest
 from retrain.campaign.plan import Plan, PlannedRun
