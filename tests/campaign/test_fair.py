@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import runpy
+import shutil
 import threading
 import tomllib
 from dataclasses import asdict, replace
@@ -33,6 +34,8 @@ devices = "cpu"
 [data]
 source = "arithmetic"
 levels = [1]
+[training]
+max_tokens = 16
 [eval]
 source = "arithmetic"
 examples = 8
@@ -92,15 +95,23 @@ def test_the_digest_of_settings_is_of_what_a_step_computes(tmp_path):
     assert settings_digest(config, "training.lr") == changed("training", lr=4e-5)
 
 
-@pytest.fixture
-def stopped(tmp_path):
-    """The directory of a campaign that was stopped before its first run."""
-    path = tmp_path / "c.toml"
-    path.write_text(TINY.format(more="looks = [2]") + "lr = 1e-3\n")
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A folder with a configuration, and the campaign of it that was stopped before its first run."""
+    root = tmp_path_factory.mktemp("once")
+    (root / "c.toml").write_text(TINY.format(more="looks = [2]") + "lr = 1e-3\n")
     stop = threading.Event()
     stop.set()
-    loaded = load(path, [Override.of("logging.log_dir", str(tmp_path / "logs"))])
-    return execute(loaded, plain=True, stop=stop).directory
+    execute(load(root / "c.toml", [Override.of("logging.log_dir", str(root / "logs"))]), plain=True, stop=stop)
+    return root
+
+
+@pytest.fixture
+def stopped(once, tmp_path):
+    """The directory of that campaign, in a copy of the folder."""
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+    (directory,) = (tmp_path / "logs").glob("campaign_*")
+    return directory
 
 
 def go_on(directory, *overrides):
@@ -216,10 +227,10 @@ def test_a_file_beside_resume_must_be_of_the_same_design(stopped, tmp_path):
     path = tmp_path / "c.toml"
     text = path.read_text()
     # What any resume may change may differ, and acts.
-    path.write_text(text.replace("[data]", "[training]\nsave_every = 1\n[data]"))
+    path.write_text(text.replace("[training]", "[training]\nsave_every = 1"))
     assert resumed_with(path, stopped).counts == {"waiting": 4}
     for old, new, said in (
-        ("[data]", "[training]\nlr = 0.5\n[data]", "training.lr was 4e-05 and is 0.5;"),
+        ("[training]", "[training]\nlr = 0.5", "training.lr was 4e-05 and is 0.5;"),
         ("lr = 1e-3", "lr = 1e-2", "condition maxrl.none~lr=0.001 is not what it was"),
         ("max_steps = 2", "max_steps = 3", "campaign.max_steps was 2 and is 3;"),
         ("threads = 1", "threads = 1\nalpha = 0.1", "campaign.alpha was 0.05 and is 0.1;"),
@@ -338,7 +349,7 @@ def test_a_folder_that_cannot_be_locked_says_why(stopped, monkeypatch):
 def test_the_command_line_takes_the_file_beside_resume(stopped, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "c.toml"
-    path.write_text(path.read_text().replace("[data]", "[training]\nlr = 0.5\n[data]"))
+    path.write_text(path.read_text().replace("[training]", "[training]\nlr = 0.5"))
     with pytest.raises(ResumeError, match=r"training.lr was 4e-05 and is 0.5;"):
         cli.run(["c.toml", "--resume", str(stopped), "--plain"])
     # The campaign's own file, by whatever path: then flags may not change the design.
