@@ -62,3 +62,18 @@ def test_rows_of_no_one_study_are_refused(collected, change, said):
     collected[1].write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit, match=re.escape(said)):
         study["judge"](*collected)
+
+
+def test_the_page_of_the_five_conditions_says_what_its_rows_say():
+    root = Path(__file__).parents[2]
+    told = study["judge"](root / "examples/five-conditions/retrain.toml", root / "examples/five-conditions/rows.jsonl")
+    page = (root / "docs/five-conditions.md").read_text(encoding="utf-8")
+    cells = {line.split("|")[1].strip(" `"): line for line in page.splitlines() if line.startswith("| `")}
+    assert list(cells) == [arm["label"] for arm in told["arms"]]
+    assert (told["rows"], told["broke_off"], told["look"]) == (320, [], 1)
+    for arm in told["arms"]:
+        assert f"| {arm['mean']:.1%} ({100 * arm['low']:.1f} to {100 * arm['high']:.1f}) |".replace("%", " %") in cells[arm["label"]]
+    for found in told["comparisons"]:
+        low, high = (f"{100 * found[end]:+.2f}" for end in ("low", "high"))
+        assert f"| {100 * found['difference']:+.2f} | {low} to {high} |" in cells[found["label"]]
+        assert cells[found["label"]].endswith(f"| {found['verdict']} |")
