@@ -72,7 +72,8 @@ def test_the_page_of_the_five_conditions_says_what_its_rows_say():
     assert list(cells) == [arm["label"] for arm in told["arms"]]
     assert (told["rows"], told["broke_off"], told["look"]) == (320, [], 1)
     for arm in told["arms"]:
-        assert f"| {arm['mean']:.1%} ({100 * arm['low']:.1f} to {100 * arm['high']:.1f}) |".replace("%", " %") in cells[arm["label"]]
+        mean, low, high = (f"{100 * arm[key]:.1f}" for key in ("mean", "low", "high"))
+        assert f"| {mean} % ({low} to {high}) |" in cells[arm["label"]]
     for found in told["comparisons"]:
         low, high = (f"{100 * found[end]:+.2f}" for end in ("low", "high"))
         assert f"| {100 * found['difference']:+.2f} | {low} to {high} |" in cells[found["label"]]
