@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,18 +36,18 @@ class Staggered:
     """An environment whose group p is there when p groups have been scored; ``broken`` raises instead."""
 
     def __init__(self, broken: int = -1) -> None:
-        self.broken, self.scored = broken, 0
+        self.broken, self.scored, self.ended = broken, 0, 0
         self.turn = asyncio.Condition()
-        self.over = threading.Event()
 
     async def attempt(self, task: Task, n: int, engine: Any, sampling: Sampling) -> list[Rollout]:
         if task.draw == self.broken:
+            await asyncio.sleep(0.1)
             raise EngineError("the engine died")
         if self.broken >= 0:
-            await asyncio.sleep(0.2)
-            if task.draw == len(TASKS) - 1:
-                asyncio.get_running_loop().call_later(0.1, self.over.set)
-            return rollouts_of(task, n)
+            try:
+                await asyncio.sleep(30)
+            finally:
+                self.ended += 1
         async with self.turn:
             await asyncio.wait_for(self.turn.wait_for(lambda: self.scored == task.draw), 30)
         return rollouts_of(task, n)
@@ -99,9 +98,8 @@ def test_the_first_failure_is_shown_although_groups_are_scored_one_after_the_oth
     assert inner.first_traceback == ""  # it has forgotten by now, so this is no test of the reward
 
 
-def test_after_an_engine_error_no_other_group_is_scored(events):
+def test_after_an_engine_error_the_other_attempts_are_ended_and_no_group_is_scored(events):
     environment, runner = Staggered(broken=0), Runner()
     with pytest.raises(EngineError, match="the engine died"):
         collected(events, environment, CustomReward(runner), RewardErrors(0.1))
-    assert environment.over.wait(30)  # the others were sampled to their end
-    assert runner.asked == []
+    assert (environment.ended, runner.asked) == (len(TASKS) - 1, [])

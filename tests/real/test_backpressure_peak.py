@@ -102,7 +102,8 @@ def test_a_real_run_ends_near_a_peak_inside_its_limits(tmp_path: Path) -> None:
     made = rows(tmp_path / "run")
     sizes = [row["batch_size"] for row in made]
     best = PEAK / GROUP
-    assert sizes[:6] == [1, 2, 4, 8, 16, 32]
+    # The first step of a process is measured again: it loads.
+    assert [size for size, _ in itertools.groupby(sizes)][:5] == [1, 2, 4, 8, 16]
     assert all(b <= 2 * a for a, b in itertools.pairwise(sizes))
     # It leaves the sweep's last size, which lies far above the peak, as soon as noise lets it tell, and then never goes
     # above the peak again.
